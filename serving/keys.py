@@ -1,0 +1,95 @@
+"""Names of everything in Redis, and which partition a user belongs to.
+
+Knows no connection. All keys of partition p share one hash slot, `{<ns>:<p>}`, so that one script can
+change them together; lists stand at `<ns>:top:<user>` where one server holds everything, and in the
+partition's slot on Redis Cluster. `<ns>:meta` says which, and how many partitions there are.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Layout = Literal["single", "cluster"]
+
+
+class Meta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reader must know to find a list; stored as JSON at `<ns>:meta`."""
+
+    v: int = 1
+    layout: Layout = "single"
+    partitions: int = 0
+    topic: str = ""
+    k: int = 50
+
+
+class Keys:
+    """Key names of one namespace."""
+
+    def __init__(self, namespace: str, *, layout: Layout = "single", partitions: int = 0) -> None:
+        self.namespace = namespace
+        self.layout = layout
+        self.partitions = partitions
+        self.meta = f"{namespace}:meta"
+        self.unavailable = f"{namespace}:unavailable"
+        self.unavailable_version = f"{namespace}:unavailable:version"
+        self.fallback = f"{namespace}:top:"
+
+    def head(self, partition: int) -> str:
+        """How far the partition's log is folded, and under which inputs."""
+        return f"{{{self.namespace}:{partition}}}:head"
+
+    def inputs(self, partition: int) -> str:
+        """Redis list of what else entered the partition's fold, and from which offset on."""
+        return f"{{{self.namespace}:{partition}}}:inputs"
+
+    def user(self, partition: int, user_id: str) -> str:
+        """A user's packed record."""
+        return f"{{{self.namespace}:{partition}}}:u:{user_id}"
+
+    def users_pattern(self, partition: int) -> str:
+        """Glob that finds every record of a partition."""
+        return f"{{{_glob_escape(self.namespace)}:{partition}}}:u:*"
+
+    def popularity(self, partition: int, bucket: int) -> str:
+        """Redis hash of one hour's click counts per item."""
+        return f"{{{self.namespace}:{partition}}}:pop:{bucket}"
+
+    def top(self, partition: int, user_id: str) -> str:
+        """A user's list."""
+        if self.layout == "cluster":
+            return f"{{{self.namespace}:{partition}}}:top:{user_id}"
+        return f"{self.namespace}:top:{user_id}"
+
+    def top_of(self, user_id: str) -> str:
+        """A user's list, for a reader that does not know the partition."""
+        if self.layout == "cluster":
+            return self.top(partition_of(user_id, self.partitions), user_id)
+        return self.top(0, user_id)
+
+
+def partition_of(user_id: str, num_partitions: int) -> int:
+    """Partition that Kafka's default partitioner gives a key.
+
+    Source: `org.apache.kafka.common.utils.Utils.murmur2` and `toPositive`.
+    """
+    return (murmur2(user_id.encode()) & 0x7FFFFFFF) % num_partitions
+
+
+def murmur2(data: bytes) -> int:
+    """32-bit MurmurHash2 with Kafka's seed, as an unsigned integer."""
+    m, mask = 0x5BD1E995, 0xFFFFFFFF
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for at in range(0, whole, 4):
+        k = int.from_bytes(data[at : at + 4], "little") * m & mask
+        k = (k ^ (k >> 24)) * m & mask
+        h = (h * m & mask) ^ k
+    tail = data[whole:]
+    if tail:
+        h = (h ^ int.from_bytes(tail, "little")) * m & mask
+    h = (h ^ (h >> 13)) * m & mask
+    return h ^ (h >> 15)
+
+
+def _glob_escape(text: str) -> str:
+    return "".join(f"\\{char}" if char in "*?[]\\" else char for char in text)

@@ -1,0 +1,199 @@
+"""The release contract: what a release folder holds and what its manifest promises.
+
+The reader owns the contract, so it lives here and the trainer writes what this file defines. A release
+is a folder, written whole and then renamed:
+
+    <release>/
+      manifest.json      this file's `Manifest`
+      step.onnx          advances states:   x, lens, [event], [gap], state tensors -> state tensors
+      query.onnx         reads states out:  state tensors -> query_BD
+      items.json         `ItemTable`, row i belongs to item i, sorted by item id
+      step_vectors.npy   float32 (N, E): what the step graph is fed for a touched item
+      scan_vectors.npy   float32 (N, D): score of item n for a user = query_D · scan_vectors[n]
+      self_test.npz      recorded inputs and outputs that a loader runs again before it serves
+
+Shape letters: T steps, B users, E step vector, D scan vector, H hidden units, Y layers, N items.
+An output bias is a coordinate: the query graph appends a 1, the last scan coordinate is the bias.
+Knows no ONNX Runtime, Redis or Kafka.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ContractError
+
+SCHEMA = 1
+"""Version of this contract; a worker refuses a release of another one."""
+
+MANIFEST_NAME = "manifest.json"
+STEP_NAME = "step.onnx"
+QUERY_NAME = "query.onnx"
+ITEMS_NAME = "items.json"
+STEP_VECTORS_NAME = "step_vectors.npy"
+SCAN_VECTORS_NAME = "scan_vectors.npy"
+SELF_TEST_NAME = "self_test.npz"
+FILES = (STEP_NAME, QUERY_NAME, ITEMS_NAME, STEP_VECTORS_NAME, SCAN_VECTORS_NAME, SELF_TEST_NAME)
+
+EVENTS = ("other", "view", "click", "cart", "purchase")
+"""Event names with a code of their own, by position; every other name is code 0. Append only, 32 at most."""
+
+GAP_BUCKETS = 32
+"""Gap bucket = bit length of the whole seconds since the user's previous interaction, at most 31."""
+
+
+class StateTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One recurrent tensor, shape (Y, B, H) in the graphs and Y·H floats in a user record."""
+
+    name: str
+    """Input name in both graphs; the step graph's output is `<name>_next`."""
+    layers: Annotated[int, Meta(ge=1, le=16)]
+    units: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
+    """Inputs of `step.onnx` besides the state tensors.
+
+    Always: `x` float32 (T, B, E), zero beyond a user's length; `lens` int32 (B,), each ≥ 1.
+    """
+
+    event: bool = False
+    """Graph also takes `event` int64 (T, B): code from `EVENTS`."""
+    gap: bool = False
+    """Graph also takes `gap` int64 (T, B): gap bucket, 0 for a user's first interaction."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of the log the release was trained on."""
+
+    source: str
+    """`kafka:<topic>` or a file name without its folder."""
+    offsets: dict[str, int] = {}
+    """Next offset per partition of the clicks topic; empty for files."""
+    num_events: int = 0
+    first_ms: int = 0
+    last_ms: int = 0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a worker must know to serve a release, and to refuse it."""
+
+    schema: int
+    release: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,96}$")]
+    created_at: str
+    """UTC, ISO 8601."""
+    cell: Literal["lstm", "gru"]
+    num_items: Annotated[int, Meta(ge=1)]
+    step_dim: Annotated[int, Meta(ge=1)]
+    """E."""
+    scan_dim: Annotated[int, Meta(ge=1)]
+    """D."""
+    state: list[StateTensor]
+    inputs: StepInputs
+    history: Annotated[int, Meta(ge=1)]
+    """Longest history the model was trained on."""
+    snapshot: Snapshot
+    items_offset: list[int] = []
+    """Next offset per partition of the items topic that this catalogue already holds; missing ones are 0."""
+    metrics: dict[str, dict[str, float]] = {}
+    """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
+    files: dict[str, str]
+    """sha256, hex, of each of `FILES`."""
+
+    @property
+    def state_floats(self) -> int:
+        """Floats of state in one user record."""
+        return sum(tensor.layers * tensor.units for tensor in self.state)
+
+
+class ItemRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One item as the release knows it."""
+
+    item_id: str
+    title: str = ""
+    categories: list[str] = []
+    published_ms: int | None = None
+    available: bool = True
+
+
+class ItemTable(msgspec.Struct, frozen=True, kw_only=True):
+    """`items.json`: rows sorted by item id (code points), as the vectors are."""
+
+    items: list[ItemRow]
+
+
+class Publication(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`current.json`: the release that workers must serve from now on."""
+
+    number: Annotated[int, Meta(ge=1)]
+    """Grows by one with every publication, a rollback too."""
+    release: str
+    sha256: str
+    """sha256 of the release's manifest.json."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate a release's manifest; the files it names are not looked at.
+
+    Raises:
+        ContractError: missing, not JSON, of another schema, or naming other files than `FILES`.
+    """
+    path = folder / MANIFEST_NAME
+    where = f"release {folder.name}"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError as error:
+        raise ContractError(f"{where}: no {MANIFEST_NAME}", reason="torn") from error
+    except msgspec.MsgspecError as error:
+        raise ContractError(f"{where}: {MANIFEST_NAME}: {error}", reason="manifest") from error
+    if manifest.schema != SCHEMA:
+        raise ContractError(
+            f"{where}: schema {manifest.schema}, this worker reads {SCHEMA}", reason="schema"
+        )
+    if set(manifest.files) != set(FILES):
+        raise ContractError(
+            f"{where}: manifest names files {sorted(manifest.files)}, expected {sorted(FILES)}",
+            reason="manifest",
+        )
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's sha256 with the manifest.
+
+    Raises:
+        ContractError: a file is missing (`torn`) or has other bytes (`checksum`).
+    """
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ContractError(f"release {folder.name}: {name} is missing", reason="torn")
+        found = sha256_of(path)
+        if found != expected:
+            raise ContractError(
+                f"release {folder.name}: sha256 of {name} is {found[:12]}…, "
+                f"manifest says {expected[:12]}…",
+                reason="checksum",
+            )
+
+
+def event_code(event: str) -> int:
+    """Code of an event name; 0 for one without a code of its own."""
+    return _CODES.get(event, 0)
+
+
+def gap_bucket(gap_ms: int) -> int:
+    """Bucket of a gap in milliseconds; integer arithmetic only, so that every machine agrees."""
+    return min((max(gap_ms, 0) // 1000).bit_length(), GAP_BUCKETS - 1)
+
+
+_CODES = {name: code for code, name in enumerate(EVENTS)}

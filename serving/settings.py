@@ -1,0 +1,125 @@
+"""What a process is told once, at start; unknown names are refused.
+
+Names in the environment carry the package: `AFTERCLICK_SERVING__REDIS=redis://cache:6379/0`.
+Only a process's `main` reads the environment; everything below is handed a settings object.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ConfigError
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of lists, releases and Redis, shared by the worker, the reader and the trainer."""
+
+    redis: str = "redis://127.0.0.1:6379/0"
+    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2); `rediss://` for TLS."""
+
+    releases: str = "releases"
+    """Folder, or fsspec URL (s3://…, gs://…), that holds the releases and `current.json`."""
+
+    releases_cache: str = ".cache/releases"
+    """Local folder that releases from a URL are pulled into."""
+
+    namespace: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "afterclick"
+    """First part of every key in Redis; one namespace is one tenant."""
+
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    """Execution provider. `auto` takes CUDA where it works and says what it took; `cuda` fails without it."""
+
+    threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    """Threads of one ONNX Runtime call; 0 means one per core."""
+
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Arithmetic of the catalogue scan; fp16 needs `provider=cuda`."""
+
+    k: Annotated[int, Meta(ge=1, le=1000)] = 50
+    """Items a reader is given at most."""
+
+    margin: Annotated[int, Meta(ge=0, le=1000)] = 20
+    """Items kept beyond `k`, so that a reader can drop what became unavailable."""
+
+    history: Annotated[int, Meta(ge=1, le=1000)] = 50
+    """Interactions kept in a user record; a new release rebuilds the state from them."""
+
+    filter_seen: bool = False
+    """Leave items of the user's kept history out of the list."""
+
+    idle_ttl_s: Annotated[int, Meta(ge=0)] = 0
+    """A gap between two interactions longer than this many seconds of event time resets the state; 0 never does."""
+
+    record_ttl_s: Annotated[int, Meta(ge=60)] = 90 * 86400
+    """Seconds after its last write when Redis may drop a user's record and list."""
+
+    popularity_half_life_s: Annotated[int, Meta(ge=60)] = 6 * 3600
+    """Half-life of the popularity that fills lists where no release can."""
+
+    popularity_items_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
+    """Distinct items counted per partition and hour; further ones are not counted in that hour."""
+
+    fallback_every_s: Annotated[float, Meta(gt=0)] = 3.0
+    """Seconds between two renewals of the list for users without one."""
+
+    release_poll_s: Annotated[float, Meta(gt=0)] = 1.0
+    """Seconds between two looks for a new publication."""
+
+
+def from_environment(kind: type[S], package: str, environ: Mapping[str, str]) -> S:
+    """Read one package's settings from environment variables.
+
+    Args:
+        kind: the settings class.
+        package: SERVING, STREAMS or TRAINING.
+        environ: usually `os.environ`.
+
+    Raises:
+        ConfigError: a name with this package's prefix is unknown, or a value is out of its range.
+    """
+    prefix = f"AFTERCLICK_{package}__"
+    given = {
+        name[len(prefix) :].lower(): value
+        for name, value in environ.items()
+        if name.startswith(prefix)
+    }
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    for name in sorted(given.keys() - known):
+        raise ConfigError(
+            f"{prefix}{name.upper()}: no such setting; known are {', '.join(sorted(known))}"
+        )
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings {prefix}*: {error}") from error
+
+
+def serving_settings(environ: Mapping[str, str]) -> ServingSettings:
+    """Read `AFTERCLICK_SERVING__*`."""
+    return from_environment(ServingSettings, "SERVING", environ)
+
+
+class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings that decide bytes of records and lists; every input entry names them whole.
+
+    A change of one of these while a stream runs is written to the partition's inputs list, so that a
+    replay follows it.
+    """
+
+    k: int
+    margin: int
+    history: int
+    filter_seen: bool
+    idle_ttl_s: int
+    popularity_half_life_s: int
+    popularity_items_max: int
+
+    @classmethod
+    def of(cls, settings: ServingSettings) -> "ListRules":
+        """Take the deciding part of the process's settings."""
+        names = [field.name for field in msgspec.structs.fields(cls)]
+        return cls(**{name: getattr(settings, name) for name in names})

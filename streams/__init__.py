@@ -1,0 +1,1 @@
+"""Streams: the log in, new records and lists out."""

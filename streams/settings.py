@@ -1,0 +1,72 @@
+"""What the stream processes are told once, at start: broker, topics, group, limits.
+
+Read from `AFTERCLICK_STREAMS__*` by a process's `main`; nothing below reads the environment.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from afterclick.serving.settings import from_environment
+
+
+class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of everything that talks to Kafka."""
+
+    broker: str = "127.0.0.1:9092"
+    """Kafka bootstrap servers, `host:port,host:port`."""
+
+    clicks_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "clicks"
+    """Topic of user events; must not be compacted."""
+
+    items_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "items"
+    """Topic of catalogue items; kept whole."""
+
+    group: str = "afterclick"
+    """Consumer group of the workers."""
+
+    instance: str = ""
+    """Static membership name of this worker (`group.instance.id`); empty for dynamic membership."""
+
+    chunk_users_max: Annotated[int, Meta(ge=1, le=4096)] = 256
+    """Users one write may touch; longer scripts block Redis."""
+
+    chunk_records_max: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    """Log records one write may cover."""
+
+    chunk_bytes_max: Annotated[int, Meta(ge=1024)] = 1 << 20
+    """Bytes of record values one write may cover."""
+
+    chunk_wait_ms: Annotated[int, Meta(ge=0, le=1000)] = 20
+    """Longest time work that is already here waits to share a write; a lone click never waits."""
+
+    backlog_records_max: Annotated[int, Meta(ge=1)] = 8192
+    """Records of one partition held in memory before fetching pauses."""
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 6066
+    """Port of /livez, /readyz and /metrics; 0 takes a free one."""
+
+    host: str = "0.0.0.0"  # noqa: S104 - a probe must reach it from outside the container
+    """Address that port listens on."""
+
+    start_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    """How long a worker waits for Kafka and Redis at start before it gives up."""
+
+    stop_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    """Longest graceful stop; leaving without a commit is safe."""
+
+    session_timeout_s: Annotated[float, Meta(ge=1)] = 10.0
+    """Silence after which Kafka takes a worker's partitions away."""
+
+    rebalance_timeout_s: Annotated[float, Meta(ge=1)] = 20.0
+    """Time that workers have to join a rebalance."""
+
+    accept_loss: bool = False
+    """Go on where the log starts after the head: the lost range is counted, and the records miss it."""
+
+
+def streams_settings(environ: Mapping[str, str]) -> StreamsSettings:
+    """Read `AFTERCLICK_STREAMS__*`."""
+    return from_environment(StreamsSettings, "STREAMS", environ)
