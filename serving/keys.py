@@ -1,6 +1,7 @@
 """Names of everything in Redis, and which partition a user belongs to.
 
-Knows no connection. All keys of partition p share one hash slot, `{<ns>:<p>}`, so that one script can
+Knows no connection. All keys of partition p share one hash slot, `{<ns>:<p>}`, so that one script
+can
 change them together; lists stand at `<ns>:top:<user>` where one server holds everything, and in the
 partition's slot on Redis Cluster. `<ns>:meta` says which, and how many partitions there are.
 """

@@ -1,6 +1,7 @@
 """The release contract: what a release folder holds and what its manifest promises.
 
-The reader owns the contract, so it lives here and the trainer writes what this file defines. A release
+The reader owns the contract, so it lives here and the trainer writes what this file defines. A
+release
 is a folder, written whole and then renamed:
 
     <release>/
@@ -39,10 +40,13 @@ SELF_TEST_NAME = "self_test.npz"
 FILES = (STEP_NAME, QUERY_NAME, ITEMS_NAME, STEP_VECTORS_NAME, SCAN_VECTORS_NAME, SELF_TEST_NAME)
 
 EVENTS = ("other", "view", "click", "cart", "purchase")
-"""Event names with a code of their own, by position; every other name is code 0. Append only, 32 at most."""
+"""Event names with a code of their own, by position; every other name is code 0. Append only, 32 at
+most.
+"""
 
 GAP_BUCKETS = 32
-"""Gap bucket = bit length of the whole seconds since the user's previous interaction, at most 31."""
+"""Gap bucket = bit length of the whole seconds since the user's previous interaction, at most 31.
+"""
 
 
 class StateTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +101,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Longest history the model was trained on."""
     snapshot: Snapshot
     items_offset: list[int] = []
-    """Next offset per partition of the items topic that this catalogue already holds; missing ones are 0."""
+    """Next offset per partition of the items topic that this catalogue already holds; missing ones
+    are 0.
+    """
     metrics: dict[str, dict[str, float]] = {}
     """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
     files: dict[str, str]

@@ -1,6 +1,7 @@
 """Bytes of a user record, a head, an inputs entry and a list, versioned.
 
-Pure: knows no Redis and no numpy. These formats are what a running deployment has in Redis, so a change
+Pure: knows no Redis and no numpy. These formats are what a running deployment has in Redis, so a
+change
 needs a new version and a reader for the old one.
 
 User record, little-endian:
@@ -11,8 +12,10 @@ User record, little-endian:
     S × float32            state, tensor after tensor as the manifest lists them
     n × 14 bytes           interactions, oldest first: u64 item hash, u32 tag, u16 traits
 
-`tag` is crc32 of the event and its event id (without one: its timestamp): the repeat check. `traits`
-packs event code (5 bits), gap bucket (5), hour of day UTC (5) and whether the state was reset before it (1).
+`tag` is crc32 of the event and its event id (without one: its timestamp): the repeat check.
+`traits`
+packs event code (5 bits), gap bucket (5), hour of day UTC (5) and whether the state was reset
+before it (1).
 With S = 256 (H 128) and n = 50 a record is 1,752 bytes.
 """
 
@@ -175,7 +178,9 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
     """Of the release's manifest; empty without a release."""
     publication_items: list[int] = []
-    """Items offset when this publication came: rebuilds use it, so that it does not matter when they run."""
+    """Items offset when this publication came: rebuilds use it, so that it does not matter when
+    they run.
+    """
     items: list[int] = []
     """Items offset in force."""
     settings: str = ""
@@ -204,14 +209,16 @@ class InputsEntry(msgspec.Struct, frozen=True, kw_only=True):
 class TopList(msgspec.Struct, frozen=True, kw_only=True):
     """A user's list as it stands in Redis, JSON so that any language reads it.
 
-    A pure function of the user's record and of everything it names; `written_ms` is left out of comparisons.
+    A pure function of the user's record and of everything it names; `written_ms` is left out of
+    comparisons.
     """
 
     v: int = 1
     items: list[str]
     """Item ids, best first; up to k + margin."""
     scores: list[float]
-    """Scores rounded to 4 decimals, for people; order was decided before rounding, ties by item id."""
+    """Scores rounded to 4 decimals, for people; order was decided before rounding, ties by item id.
+    """
     source: Literal["model", "popularity"]
     release: str
     publication: int

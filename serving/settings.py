@@ -31,7 +31,9 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """First part of every key in Redis; one namespace is one tenant."""
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """Execution provider. `auto` takes CUDA where it works and says what it took; `cuda` fails without it."""
+    """Execution provider. `auto` takes CUDA where it works and says what it took; `cuda` fails
+    without it.
+    """
 
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     """Threads of one ONNX Runtime call; 0 means one per core."""
@@ -52,7 +54,9 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Leave items of the user's kept history out of the list."""
 
     idle_ttl_s: Annotated[int, Meta(ge=0)] = 0
-    """A gap between two interactions longer than this many seconds of event time resets the state; 0 never does."""
+    """A gap between two interactions longer than this many seconds of event time resets the state;
+    0 never does.
+    """
 
     record_ttl_s: Annotated[int, Meta(ge=60)] = 90 * 86400
     """Seconds after its last write when Redis may drop a user's record and list."""
@@ -106,7 +110,8 @@ def serving_settings(environ: Mapping[str, str]) -> ServingSettings:
 class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings that decide bytes of records and lists; every input entry names them whole.
 
-    A change of one of these while a stream runs is written to the partition's inputs list, so that a
+    A change of one of these while a stream runs is written to the partition's inputs list, so that
+    a
     replay follows it.
     """
 

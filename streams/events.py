@@ -1,6 +1,7 @@
 """Clicks and items as they travel through Kafka: decode, validate, encode; what a dead letter is.
 
-Strict on types, lenient on unknown fields. Knows no broker. A click's key is its user id; a key that
+Strict on types, lenient on unknown fields. Knows no broker. A click's key is its user id; a key
+that
 differs would split a user over two partitions and is refused under its own reason.
 """
 
@@ -22,7 +23,9 @@ NO_ITEM_EVENTS = frozenset({"visit", "forget"})
 
 
 class Click(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One user event. `visit` asks for a fresh list; `forget` empties the user; others name an item."""
+    """One user event. `visit` asks for a fresh list; `forget` empties the user; others name an
+    item.
+    """
 
     user_id: Id
     item_id: Annotated[str, Meta(max_length=512)] = ""
@@ -53,7 +56,8 @@ class FoldEvent(NamedTuple):
     item_id: str
     event: str
     event_ms: int
-    """Event time in force: the click's own, or its record's where that is missing or too far ahead."""
+    """Event time in force: the click's own, or its record's where that is missing or too far ahead.
+    """
     event_id: str | None
     clock_replaced: bool
 

@@ -64,7 +64,9 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Time that workers have to join a rebalance."""
 
     accept_loss: bool = False
-    """Go on where the log starts after the head: the lost range is counted, and the records miss it."""
+    """Go on where the log starts after the head: the lost range is counted, and the records miss
+    it.
+    """
 
 
 def streams_settings(environ: Mapping[str, str]) -> StreamsSettings:
