@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from .errors import ContractError
+from afterclick.serving.errors import ContractError
 
 SCHEMA = 1
 """Version of this contract; a worker refuses a release of another one."""

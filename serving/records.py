@@ -26,8 +26,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from .errors import ContractError
-from .settings import ListRules
+from afterclick.serving.errors import ContractError
+from afterclick.serving.settings import ListRules
 
 RECORD_VERSION = 1
 INTERACTION_BYTES = 14
@@ -194,7 +194,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputsEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What else entered a partition's fold from `offset` on; JSON in the partition's inputs list."""
+    """What else entered a partition's fold, from `offset` on; JSON in its inputs list."""
 
     v: int = 1
     offset: int

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from .errors import ConfigError
+from afterclick.serving.errors import ConfigError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
