@@ -31,8 +31,8 @@ class Keys:
         self.layout = layout
         self.partitions = partitions
         self.meta = f"{namespace}:meta"
-        self.unavailable = f"{namespace}:unavailable"
-        self.unavailable_version = f"{namespace}:unavailable:version"
+        self.unavailable = f"{{{namespace}}}:unavailable"
+        self.unavailable_version = f"{{{namespace}}}:unavailable:version"
         self.fallback = f"{namespace}:top:"
 
     def head(self, partition: int) -> str:

@@ -1,0 +1,308 @@
+"""ONNX Runtime: advance states, read queries out, scan the catalogue.
+
+Knows no Redis, Kafka, HTTP, nor what an item id is. Shape letters: T steps, B users, S floats of
+state in a
+record, E step vector, D scan vector, N rows of the item matrix, K results.
+
+What keeps bits equal whatever the batch (measured, see docs/decisions/0002-bit-exactness.md):
+constant
+weights in the step and query graphs, no user with zero steps in a call, no empty call, and never
+fewer
+than two rows in a scan, whose item matrix is an input so that items can be added while running.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.serving.manifest import QUERY_NAME, STEP_NAME, Manifest
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Provider = Literal["cpu", "cuda"]
+
+MASKED = np.float32(-1e30)
+"""Score of a row that must never be listed; finite, because non-finite values spread."""
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=3)
+def choose_provider(wanted: str) -> Provider:
+    """Decide where graphs run and say so.
+
+    Args:
+        wanted: `cpu`, `cuda`, or `auto` for CUDA where it works and the CPU elsewhere.
+
+    Raises:
+        ConfigError: `cuda` was asked for and a session on it does not start.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    reason = _why_no_cuda()
+    if reason is None:
+        log.info("engine: running on CUDA")
+        return "cuda"
+    if wanted == "cuda":
+        raise ConfigError(
+            f"provider: asked for 'cuda', but {reason}; "
+            "install 'afterclick[gpu]' on a machine with an NVIDIA GPU, or set provider to 'cpu'"
+        )
+    log.info("engine: running on the CPU (%s)", reason)
+    return "cpu"
+
+
+class Engine:
+    """The two graphs of one release; safe to call from several threads."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, provider: str = "auto", threads: int = 0
+    ) -> None:
+        self.manifest = manifest
+        self.provider = choose_provider(provider)
+        self._step = _session(folder / STEP_NAME, self.provider, threads)
+        self._query = _session(folder / QUERY_NAME, self.provider, threads)
+        state_names = {tensor.name for tensor in manifest.state}
+        _check_names(folder.name, STEP_NAME, self._step, state_names | _step_names(manifest))
+        _check_names(folder.name, QUERY_NAME, self._query, state_names)
+
+    def zero_state(self, num_users: int) -> F32:
+        """(B, S) zeros: the state of a user without a step."""
+        return np.zeros((num_users, self.manifest.state_floats), np.float32)
+
+    def advance(
+        self,
+        state_BS: F32,
+        x_TBE: F32,
+        lens_B: I32,
+        *,
+        event_TB: I64 | None = None,
+        gap_TB: I64 | None = None,
+    ) -> F32:
+        """Advance every user by `lens_B` steps in one call.
+
+        Args:
+            state_BS: states before, as records hold them.
+            x_TBE: step vectors, rows beyond a user's length are ignored.
+            lens_B: steps of each user, every one ≥ 1.
+            event_TB: event codes; needed where the manifest says so.
+            gap_TB: gap buckets; likewise.
+
+        Returns:
+            (B, S) states after, a new array.
+
+        Raises:
+            ContractError: the graph gave a non-finite state.
+        """
+        assert len(lens_B) > 0, "an empty call aborts ONNX Runtime"
+        assert int(lens_B.min()) > 0, "sequence_lens 0 returns zeros"
+        feed: dict[str, Any] = {"x": x_TBE, "lens": lens_B, **self._split(state_BS)}
+        if self.manifest.inputs.event:
+            feed["event"] = event_TB
+        if self.manifest.inputs.gap:
+            feed["gap"] = gap_TB
+        names = [f"{tensor.name}_next" for tensor in self.manifest.state]
+        parts = self._step.run(names, feed)
+        state = np.concatenate(
+            [part.transpose(1, 0, 2).reshape(len(lens_B), -1) for part in parts], axis=1
+        )
+        if not np.isfinite(state).all():
+            raise ContractError(
+                f"release {self.manifest.release}: step.onnx gave a non-finite state",
+                reason="non-finite",
+            )
+        return state
+
+    def query(self, state_BS: F32) -> F32:
+        """(B, D) queries of states; a user's score for item n is `query · scan_vectors[n]`."""
+        assert len(state_BS) > 0, "an empty call aborts ONNX Runtime"
+        query: F32 = self._query.run(["query"], self._split(state_BS))[0]
+        return query
+
+    def _split(self, state_BS: F32) -> dict[str, F32]:
+        parts: dict[str, F32] = {}
+        start = 0
+        for tensor in self.manifest.state:
+            stop = start + tensor.layers * tensor.units
+            part = state_BS[:, start:stop].reshape(-1, tensor.layers, tensor.units)
+            parts[tensor.name] = np.ascontiguousarray(part.transpose(1, 0, 2))
+            start = stop
+        return parts
+
+
+class Scanner:
+    """Exact top-K over an item matrix that its owner may change between calls.
+
+    On CUDA the matrix stays on the device and is sent again after `changed()`; on the CPU it is
+    shared with its owner, not copied.
+    """
+
+    def __init__(
+        self,
+        scan_vectors_ND: F32,
+        *,
+        provider: str = "auto",
+        threads: int = 0,
+        precision: str = "fp32",
+    ) -> None:
+        self.provider = choose_provider(provider)
+        if precision == "fp16" and self.provider != "cuda":
+            raise ConfigError(
+                "precision: 'fp16' scans only on 'cuda', and this engine runs on the CPU; "
+                "set precision to 'fp32'"
+            )
+        self._half = precision == "fp16"
+        graph = _scan_graph(scan_vectors_ND.shape[1], half=self._half)
+        self._session = _session(graph, self.provider, threads)
+        self._matrix = scan_vectors_ND
+        self._bound: ort.OrtValue | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """N, rows that are masked or spare included."""
+        return len(self._matrix)
+
+    def changed(self, scan_vectors_ND: F32) -> None:
+        """Take a matrix whose rows changed, or a larger one."""
+        self._matrix = scan_vectors_ND
+        self._bound = None
+
+    def top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
+        """Best rows of every user, best first, equal scores by row number.
+
+        Args:
+            q_BD: queries, at least one.
+            k: rows wanted; more than N is cut to N.
+
+        Returns:
+            scores (B, K) and rows (B, K); masked and spare rows come last, scored ≤ `MASKED` / 2.
+        """
+        k = min(k, self.num_rows)
+        scores, rows = self._run(q_BD, ["top_scores", "top_rows"], k)
+        return scores, rows
+
+    def scores(self, q_BD: F32) -> F32:
+        """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""
+        scores: F32 = self._run(q_BD, ["scores"], 1)[0]
+        return scores
+
+    def _run(self, q_BD: F32, outputs: list[str], k: int) -> list[Any]:
+        num_users = len(q_BD)
+        assert num_users > 0, "an empty call aborts ONNX Runtime"
+        if num_users == 1:  # one row takes another kernel, whose bits differ
+            q_BD = np.concatenate([q_BD, q_BD])
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("q", np.ascontiguousarray(q_BD))
+        binding.bind_ortvalue_input("items", self._on_device())
+        binding.bind_cpu_input("k", np.array([k], np.int64))
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return [array[:num_users] for array in binding.copy_outputs_to_cpu()]
+
+    def _on_device(self) -> ort.OrtValue:
+        bound = self._bound
+        if bound is None:
+            matrix = self._matrix.astype(np.float16) if self._half else self._matrix
+            bound = ort.OrtValue.ortvalue_from_numpy(matrix, self.provider, 0)
+            self._bound = bound
+        return bound
+
+
+def _scan_graph(dim: int, *, half: bool) -> bytes:
+    """One Gemm and one TopK. The matrix is (N, D), so that adding an item writes one row."""
+    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Cast", ["q"], ["q_cast"], to=kind),
+        helper.make_node("Gemm", ["q_cast", "items"], ["raw"], transB=1),
+        helper.make_node("Cast", ["raw"], ["scores"], to=TensorProto.FLOAT),
+        helper.make_node("TopK", ["scores", "k"], ["top_scores", "top_rows"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scan",
+        [
+            info("q", TensorProto.FLOAT, ["B", dim]),
+            info("items", kind, ["N", dim]),
+            info("k", TensorProto.INT64, [1]),
+        ],
+        [
+            info("scores", TensorProto.FLOAT, ["B", "N"]),
+            info("top_scores", TensorProto.FLOAT, ["B", "K"]),
+            info("top_rows", TensorProto.INT64, ["B", "K"]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _session(model: Path | bytes, provider: Provider, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Spinning threads take the cores that Redis, Kafka and decoding need: 8.4k -> 10.6k clicks/s
+    # (faust.md).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    name = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
+    try:
+        return ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=[name]
+        )
+    except Exception as error:  # onnxruntime raises its own unrelated exception types
+        where = (
+            "the scan graph" if isinstance(model, bytes) else f"{model.parent.name}/{model.name}"
+        )
+        raise ContractError(f"{where}: ONNX Runtime refused it: {error}", reason="graph") from error
+
+
+def _why_no_cuda() -> str | None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    preload: Callable[[], None] | None = getattr(ort, "preload_dlls", None)
+    if preload is not None:
+        preload()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(
+            _scan_graph(2, half=False), options, providers=["CUDAExecutionProvider"]
+        )
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's own kinds
+        return f"a session on it failed: {error}"
+    if "CUDAExecutionProvider" not in session.get_providers():
+        return "its libraries do not load (CUDA 13, cuDNN 9)"
+    return None
+
+
+def _step_names(manifest: Manifest) -> set[str]:
+    names = {"x", "lens"}
+    if manifest.inputs.event:
+        names.add("event")
+    if manifest.inputs.gap:
+        names.add("gap")
+    return names
+
+
+def _check_names(
+    release: str, file: str, session: ort.InferenceSession, expected: set[str]
+) -> None:
+    found = {tensor.name for tensor in session.get_inputs()}
+    if found != expected:
+        raise ContractError(
+            f"release {release}: {file} takes inputs {sorted(found)}, "
+            f"the manifest says {sorted(expected)}",
+            reason="graph",
+        )

@@ -1,0 +1,171 @@
+"""A small release with random weights, made by script: what tests fold with when no training is
+needed.
+
+Weights are large enough that states and lists move visibly with every click.
+"""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from afterclick.serving.engine import Engine
+from afterclick.serving.manifest import (
+    FILES,
+    GAP_BUCKETS,
+    ITEMS_NAME,
+    MANIFEST_NAME,
+    QUERY_NAME,
+    SCAN_VECTORS_NAME,
+    SCHEMA,
+    SELF_TEST_NAME,
+    STEP_NAME,
+    STEP_VECTORS_NAME,
+    ItemRow,
+    ItemTable,
+    Manifest,
+    Snapshot,
+    StateTensor,
+    StepInputs,
+    sha256_of,
+)
+
+
+def write_tiny_release(
+    folder: Path,
+    *,
+    num_items: int = 300,
+    units: int = 16,
+    seed: int = 0,
+    categories: int = 5,
+    items: list[ItemRow] | None = None,
+) -> Manifest:
+    """Write a complete release into `folder`, whose name is its id."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if items is None:
+        items = [
+            ItemRow(item_id=f"i{n:05d}", title=f"Item {n}", categories=[f"c{n % categories}"])
+            for n in range(num_items)
+        ]
+    vectors = rng.standard_normal((len(items), units)).astype(np.float32)
+    bias = rng.standard_normal((len(items), 1)).astype(np.float32) * np.float32(0.1)
+    np.save(folder / STEP_VECTORS_NAME, vectors)
+    np.save(folder / SCAN_VECTORS_NAME, np.concatenate([vectors, bias], axis=1))
+    (folder / ITEMS_NAME).write_bytes(msgspec.json.encode(ItemTable(items=items)))
+    onnx.save(_step_graph(rng, units), folder / STEP_NAME)
+    onnx.save(_query_graph(units), folder / QUERY_NAME)
+    manifest = Manifest(
+        schema=SCHEMA,
+        release=folder.name,
+        created_at="2026-01-01T00:00:00Z",
+        cell="lstm",
+        num_items=len(items),
+        step_dim=units,
+        scan_dim=units + 1,
+        state=[StateTensor(name=name, layers=1, units=units) for name in ("h", "c")],
+        inputs=StepInputs(gap=True),
+        history=50,
+        snapshot=Snapshot(source="random"),
+        files={},
+    )
+    _write_self_test(folder, manifest, rng)
+    manifest = msgspec.structs.replace(
+        manifest, files={name: sha256_of(folder / name) for name in FILES}
+    )
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
+    return manifest
+
+
+def digest_of(folder: Path) -> str:
+    """sha256 of a release's manifest, as a publication names it."""
+    return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+def _write_self_test(folder: Path, manifest: Manifest, rng: np.random.Generator) -> None:
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    num_users, steps = 4, 3
+    feed = {
+        "x": rng.standard_normal((steps, num_users, manifest.step_dim)).astype(np.float32),
+        "lens": np.array([1, 2, 3, 3], np.int32),
+        "gap": rng.integers(0, GAP_BUCKETS, (steps, num_users)),
+        "state": rng.standard_normal((num_users, manifest.state_floats)).astype(np.float32) * 0.1,
+    }
+    feed["state"] = feed["state"].astype(np.float32)
+    after = engine.advance(feed["state"], feed["x"], feed["lens"], gap_TB=feed["gap"])
+    np.savez(folder / SELF_TEST_NAME, **feed, state_next=after, query=engine.query(after))
+
+
+def _step_graph(rng: np.random.Generator, units: int) -> onnx.ModelProto:
+    def uniform(*shape: int) -> np.ndarray:
+        return rng.uniform(-1, 1, shape).astype(np.float32) * np.float32(1.5 / units**0.5)
+
+    weights = [
+        numpy_helper.from_array(uniform(1, 4 * units, units), "W"),
+        numpy_helper.from_array(uniform(1, 4 * units, units), "R"),
+        numpy_helper.from_array(uniform(1, 8 * units), "B"),
+        numpy_helper.from_array(uniform(GAP_BUCKETS, units), "gap_vectors"),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["gap_vectors", "gap"], ["gap_x"]),
+        helper.make_node("Add", ["x", "gap_x"], ["x_in"]),
+        helper.make_node(
+            "LSTM",
+            ["x_in", "W", "R", "B", "lens", "h", "c"],
+            ["", "h_next", "c_next"],
+            hidden_size=units,
+        ),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "step",
+        [
+            info("x", TensorProto.FLOAT, ["T", "B", units]),
+            info("gap", TensorProto.INT64, ["T", "B"]),
+            info("lens", TensorProto.INT32, ["B"]),
+            info("h", TensorProto.FLOAT, [1, "B", units]),
+            info("c", TensorProto.FLOAT, [1, "B", units]),
+        ],
+        [
+            info("h_next", TensorProto.FLOAT, [1, "B", units]),
+            info("c_next", TensorProto.FLOAT, [1, "B", units]),
+        ],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def _query_graph(units: int) -> onnx.ModelProto:
+    """query = [h, 1]; `c` is named so that both graphs take the same state, and adds exactly 0."""
+    weights = [
+        numpy_helper.from_array(np.zeros((1,), np.float32), "zero"),
+        numpy_helper.from_array(np.ones((1,), np.float32), "one"),
+        numpy_helper.from_array(np.array([0], np.int64), "axis"),
+        numpy_helper.from_array(np.array([1], np.int64), "last"),
+        numpy_helper.from_array(np.array([0], np.int64), "start"),
+        numpy_helper.from_array(np.array([1], np.int64), "stop"),
+    ]
+    nodes = [
+        helper.make_node("Squeeze", ["h", "axis"], ["h_BH"]),
+        helper.make_node("Squeeze", ["c", "axis"], ["c_BH"]),
+        helper.make_node("Slice", ["c_BH", "start", "stop", "last"], ["c_B1"]),
+        helper.make_node("Mul", ["c_B1", "zero"], ["zero_B1"]),
+        helper.make_node("Add", ["zero_B1", "one"], ["one_B1"]),
+        helper.make_node("Concat", ["h_BH", "one_B1"], ["query"], axis=1),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "query",
+        [
+            info("h", TensorProto.FLOAT, [1, "B", units]),
+            info("c", TensorProto.FLOAT, [1, "B", units]),
+        ],
+        [info("query", TensorProto.FLOAT, ["B", units + 1])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
