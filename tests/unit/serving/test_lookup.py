@@ -1,0 +1,279 @@
+"""The reader's plans, driven by hand: which commands they ask for and when."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.serving.keys import Meta, partition_of
+from afterclick.serving.lookup import Lookup, Plan
+from afterclick.serving.records import TopList
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Redis:
+    """Values by key, and every command asked for."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.members: set[bytes] = set()
+        self.asked: list[tuple[str, ...]] = []
+
+    def answer(self, plan: Plan) -> Any:
+        reply: Any = None
+        while True:
+            try:
+                command = plan.send(reply)
+            except StopIteration as done:
+                return done.value
+            self.asked.append(command)
+            if command[0] == "SMEMBERS":
+                reply = self.members
+            elif command[0] == "GET":
+                reply = self.values.get(command[1])
+            else:
+                reply = [self.values.get(key) for key in command[1:]]
+
+
+def a_list(*items: str, written_ms: int = 0) -> bytes:
+    return msgspec.json.encode(
+        TopList(
+            items=list(items),
+            scores=[float(-n) for n in range(len(items))],
+            source="model",
+            release="r1",
+            publication=3,
+            items_offset=[7],
+            partition=2,
+            offset=41,
+            event_ms=900,
+            written_ms=written_ms,
+        )
+    )
+
+
+@pytest.fixture
+def redis() -> Redis:
+    return Redis()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def lookup(clock: Clock) -> Lookup:
+    return Lookup("t", clock, lambda: clock.now_s)
+
+
+def test_a_read_is_one_command(lookup: Lookup, redis: Redis) -> None:
+    """A page that shows a list pays one round trip, the first read included."""
+    redis.values = {"t:top:u": a_list("a"), "t:meta": msgspec.json.encode(Meta(partitions=4))}
+
+    redis.answer(lookup.tops(["u"], None))
+    redis.answer(lookup.tops(["u"], None))
+
+    assert redis.asked == [
+        ("MGET", "t:top:u", "t:meta", "{t}:unavailable:version"),
+        ("MGET", "t:top:u"),
+    ]
+
+
+def test_the_version_is_asked_for_once_a_second(lookup: Lookup, redis: Redis, clock: Clock) -> None:
+    """An item made unavailable disappears within a second, and no sooner does Redis pay for it."""
+    redis.values = {"t:top:u": a_list("a")}
+
+    redis.answer(lookup.tops(["u"], None))
+    for now_s in (1000.9, 1001.0, 1001.5):
+        clock.now_s = now_s
+        redis.answer(lookup.tops(["u"], None))
+
+    assert [len(command) for command in redis.asked] == [4, 2, 3, 2]
+
+
+def test_the_set_is_read_only_when_its_version_moved(
+    lookup: Lookup, redis: Redis, clock: Clock
+) -> None:
+    """The set may hold a hundred thousand ids; it travels when it changed."""
+    redis.values = {"t:top:u": a_list("a", "b"), "{t}:unavailable:version": b"1"}
+    redis.members = {b"a"}
+
+    first = redis.answer(lookup.tops(["u"], None))[0]
+    clock.now_s += 1
+    redis.answer(lookup.tops(["u"], None))
+    assert [command[0] for command in redis.asked] == ["MGET", "SMEMBERS", "MGET"]
+    assert first.items == ["b"]
+    assert first.scores == [-1.0]
+
+    redis.values["{t}:unavailable:version"] = b"2"
+    redis.members = {b"b"}
+    clock.now_s += 1
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+
+
+def test_a_list_longer_than_k_fills_up_after_dropping(lookup: Lookup, redis: Redis) -> None:
+    """Lists keep a margin beyond k for exactly this."""
+    redis.values = {
+        "t:top:u": a_list("a", "b", "c", "d"),
+        "t:meta": msgspec.json.encode(Meta(k=2)),
+        "{t}:unavailable:version": b"1",
+    }
+    redis.members = {b"a"}
+
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["b", "c"]
+    assert redis.answer(lookup.tops(["u"], 3))[0].items == ["b", "c", "d"]
+
+
+def test_users_without_a_list_share_the_fallback_for_a_second(
+    lookup: Lookup, redis: Redis, clock: Clock
+) -> None:
+    """A crawler with a million unknown ids costs one read each, and the fallback stays fresh."""
+    redis.values = {"t:top:": a_list("p")}
+
+    first = redis.answer(lookup.tops(["nobody"], None))[0]
+    asked = len(redis.asked)
+    redis.values["t:top:"] = a_list("q")
+    second = redis.answer(lookup.tops(["nobody either"], None))[0]
+    clock.now_s += 1
+    third = redis.answer(lookup.tops(["nobody"], None))[0]
+
+    assert (first.source, first.items, second.items, third.items) == (
+        "fallback",
+        ["p"],
+        ["p"],
+        ["q"],
+    )
+    assert asked == 2
+    assert redis.asked[2] == ("MGET", "t:top:nobody either")
+
+
+def test_a_forgotten_user_gets_the_fallback(lookup: Lookup, redis: Redis) -> None:
+    """`forget` leaves an empty list behind, which would be an empty page."""
+    redis.values = {"t:top:u": a_list(), "t:top:": a_list("p")}
+
+    assert redis.answer(lookup.tops(["u"], None))[0].source == "fallback"
+
+
+def test_before_any_list_the_answer_is_empty_and_says_so(lookup: Lookup, redis: Redis) -> None:
+    """An application started before the worker must not fail."""
+    top = redis.answer(lookup.tops(["u"], None))[0]
+
+    assert (top.items, top.scores, top.source) == ([], [], "none")
+
+
+def test_a_changed_layout_is_noticed_at_the_first_miss(lookup: Lookup, redis: Redis) -> None:
+    """A deployment moved to the cluster layout must not need a restart of its readers."""
+    redis.values = {"t:top:u": a_list("old"), "t:meta": msgspec.json.encode(Meta(partitions=4))}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["old"]
+
+    slot = f"{{t:{partition_of('u', 4)}}}:top:u"
+    redis.values = {
+        slot: a_list("new"),
+        "t:meta": msgspec.json.encode(Meta(partitions=4, layout="cluster")),
+    }
+
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["new"]
+    assert redis.asked[-1] == ("MGET", slot)
+
+
+def test_the_first_read_finds_a_cluster_layout(lookup: Lookup, redis: Redis) -> None:
+    """Before meta is read, a reader can only guess; the guess must not be the answer."""
+    slot = f"{{t:{partition_of('u', 4)}}}:top:u"
+    redis.values = {
+        slot: a_list("a"),
+        "t:top:": a_list("p"),
+        "t:meta": msgspec.json.encode(Meta(partitions=4, layout="cluster")),
+    }
+
+    tops = redis.answer(lookup.tops(["u", "stranger"], None))
+
+    assert [top.source for top in tops] == ["model", "fallback"]
+
+
+def test_meta_is_read_again_after_a_minute(lookup: Lookup, redis: Redis, clock: Clock) -> None:
+    """A new k reaches readers that never miss."""
+    redis.values = {"t:top:u": a_list("a", "b"), "t:meta": msgspec.json.encode(Meta(k=1))}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+
+    redis.values["t:meta"] = msgspec.json.encode(Meta(k=2))
+    clock.now_s += 59.9
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+    clock.now_s += 0.1
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a", "b"]
+
+
+def test_many_users_are_asked_for_in_bounded_commands(lookup: Lookup, redis: Redis) -> None:
+    """One MGET over everybody would block Redis for everybody else."""
+    users = [f"u{n}" for n in range(1100)]
+    redis.values = {f"t:top:{user}": a_list(f"i{user}") for user in users}
+
+    tops = redis.answer(lookup.tops(users, None))
+
+    assert [top.items for top in tops] == [[f"i{user}"] for user in users]
+    assert [command[0] for command in redis.asked] == ["MGET"] * 3
+    assert max(len(command) for command in redis.asked) <= 512 + 3
+
+
+def test_age_is_told_by_the_wall_clock_and_never_negative(
+    lookup: Lookup, redis: Redis, clock: Clock
+) -> None:
+    """Two machines' clocks differ; a list from the future is simply new."""
+    redis.values = {"t:top:u": a_list("a", written_ms=999_500)}
+    assert redis.answer(lookup.tops(["u"], None))[0].age_ms == 500
+
+    redis.values = {"t:top:u": a_list("a", written_ms=1_000_500)}
+    assert redis.answer(lookup.tops(["u"], None))[0].age_ms == 0
+
+
+def test_k_below_one_is_refused(lookup: Lookup) -> None:
+    """A negative k would silently cut the list from its end."""
+    with pytest.raises(ValueError, match="at least 1, got -1"):
+        Redis().answer(lookup.tops(["u"], -1))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (b"not json", "t:top:u: "),
+        (b'{"v":1}', "missing required field"),
+        (a_list("a").replace(b'"v":1', b'"v":2'), "version 2, this reader reads 1"),
+        (a_list("a", "b").replace(b'["a","b"]', b'["a"]'), "1 items but 2 scores"),
+    ],
+)
+def test_a_list_of_another_shape_is_named(
+    lookup: Lookup, redis: Redis, value: bytes, says: str
+) -> None:
+    """Half-read lists are worse than none: the key and what is wrong with it must be said."""
+    redis.values = {"t:top:u": value}
+
+    with pytest.raises(ContractError, match=says):
+        redis.answer(lookup.tops(["u"], None))
+
+
+def test_unknown_fields_of_a_list_are_ignored(lookup: Lookup, redis: Redis) -> None:
+    """Workers are upgraded before readers."""
+    redis.values = {"t:top:u": a_list("a").replace(b'{"v":1', b'{"v":1,"later":[{}]')}
+
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+
+
+def test_a_place_needs_the_partitions(lookup: Lookup, redis: Redis) -> None:
+    """A key computed from a guessed partition count would be a wrong key."""
+    with pytest.raises(ConfigError, match="t:meta: no worker has written it yet"):
+        redis.answer(lookup.place("u"))
+
+    redis.values["t:meta"] = msgspec.json.encode(Meta(partitions=4))
+    place = redis.answer(lookup.place("u"))
+
+    assert place.partition == partition_of("u", 4)
+    assert place.list_key == "t:top:u"
+    assert place.record_key == f"{{t:{place.partition}}}:u:u"
