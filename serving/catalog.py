@@ -80,9 +80,9 @@ class Catalog:
         self._unavailable: set[str] = set()
         self._hidden: dict[int, F32] = {}
         self.matrix_changed = True
-        for row in rows.items:
-            if not row.available:
-                self._set_available(row.item_id, available=False)
+        for item in rows.items:
+            if not item.available:
+                self._set_available(item.item_id, available=False)
 
     @classmethod
     def empty(cls) -> "Catalog":

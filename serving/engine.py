@@ -11,7 +11,9 @@ fewer
 than two rows in a scan, whose item matrix is an input so that items can be added while running.
 """
 
+import ctypes
 import logging
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -271,6 +273,10 @@ def _session(model: Path | bytes, provider: Provider, threads: int) -> ort.Infer
 def _why_no_cuda() -> str | None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this ONNX Runtime has no CUDA provider"
+    try:
+        ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
+    except OSError:
+        return "this machine has no NVIDIA driver"
     preload: Callable[[], None] | None = getattr(ort, "preload_dlls", None)
     if preload is not None:
         preload()

@@ -55,6 +55,10 @@ class Keys:
         """Redis hash of one hour's click counts per item."""
         return f"{{{self.namespace}:{partition}}}:pop:{bucket}"
 
+    def popularity_summary(self, partition: int) -> str:
+        """A partition's most popular items, from which the fallback list is made."""
+        return f"{{{self.namespace}:{partition}}}:pop:summary"
+
     def top(self, partition: int, user_id: str) -> str:
         """A user's list."""
         if self.layout == "cluster":

@@ -22,6 +22,7 @@ With S = 256 (H 128) and n = 50 a record is 1,752 bytes.
 import hashlib
 import struct
 import zlib
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -114,6 +115,7 @@ def decode_record(data: bytes) -> UserRecord:
     )
 
 
+@lru_cache(maxsize=1 << 16)
 def item_hash(item_id: str) -> int:
     """64-bit name of an item inside records: blake2b, little-endian."""
     return int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "little")

@@ -39,11 +39,11 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     chunk_bytes_max: Annotated[int, Meta(ge=1024)] = 1 << 20
     """Bytes of record values one write may cover."""
 
-    chunk_wait_ms: Annotated[int, Meta(ge=0, le=1000)] = 20
-    """Longest time work that is already here waits to share a write; a lone click never waits."""
-
     backlog_records_max: Annotated[int, Meta(ge=1)] = 8192
     """Records of one partition held in memory before fetching pauses."""
+
+    fold_threads: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Partitions folded at the same time: one computes while another decodes or waits for Redis."""
 
     port: Annotated[int, Meta(ge=0, le=65535)] = 6066
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""

@@ -1,0 +1,292 @@
+"""Find, verify, load and warm a release; publish one. Knows no Redis and no Kafka.
+
+A release is looked for in a folder, or under an fsspec URL (s3://…, gs://…) from where it is pulled
+into a
+local cache. Nothing is served before its checksums fit and its self-test gives the recorded
+numbers.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import Engine, Scanner
+from afterclick.serving.errors import ContractError, UnavailableError
+from afterclick.serving.manifest import (
+    FILES,
+    MANIFEST_NAME,
+    SELF_TEST_NAME,
+    Manifest,
+    Publication,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
+from afterclick.serving.settings import ServingSettings
+
+CURRENT_NAME = "current.json"
+SELF_TEST_TOLERANCE = 1e-4
+"""Largest absolute difference to recorded outputs, which may come from another CPU level or a GPU:
+float32
+sums of some hundred terms near 1 differ by about 1e-6; a wrong weight differs by much more.
+"""
+
+log = logging.getLogger(__name__)
+
+
+class LoadedRelease:
+    """A release that is ready: graphs, scan and catalogue, under a publication's number."""
+
+    def __init__(self, publication: Publication, folder: Path, settings: ServingSettings) -> None:
+        self.publication = publication
+        self.manifest = load_checked(folder, publication)
+        self.engine = Engine(
+            folder, self.manifest, provider=settings.provider, threads=settings.threads
+        )
+        self_test(folder, self.engine)
+        self.catalog = Catalog.from_release(folder, self.manifest)
+        self.scanner = Scanner(
+            self.catalog.scan_vectors_ND,
+            provider=settings.provider,
+            threads=settings.threads,
+            precision=settings.precision,
+        )
+        self.catalog.matrix_changed = False
+        self._warm(settings)
+
+    def refresh(self) -> None:
+        """Show the scan what the catalogue took since."""
+        if self.catalog.matrix_changed:
+            self.scanner.changed(self.catalog.scan_vectors_ND)
+            self.catalog.matrix_changed = False
+
+    def _warm(self, settings: ServingSettings) -> None:
+        # Memory arenas grow on first use; without this the first click after a swap pays for it.
+        want = settings.k + settings.margin + 1
+        for num_users in (1, 32, 256):
+            state_BS = self.engine.zero_state(num_users)
+            x_TBE = np.zeros((1, num_users, self.manifest.step_dim), np.float32)
+            codes_TB = np.zeros((1, num_users), np.int64)
+            lens_B = np.ones(num_users, np.int32)
+            state_BS = self.engine.advance(
+                state_BS, x_TBE, lens_B, event_TB=codes_TB, gap_TB=codes_TB
+            )
+            self.scanner.top(self.engine.query(state_BS), want)
+
+
+class ReleaseStore:
+    """The place where releases are published.
+
+    Args:
+        root: a folder, or an fsspec URL.
+        cache: local folder that a URL's releases are pulled into.
+    """
+
+    def __init__(self, root: str, cache: str = ".cache/releases") -> None:
+        self.root = root
+        self.is_remote = "://" in root
+        self._cache = Path(cache)
+        self._local = Path(root)
+        self._remote: Any = None
+        if self.is_remote:
+            import fsspec  # only URLs need it
+
+            self._remote, path = fsspec.core.url_to_fs(root)
+            self._remote_root = PurePosixPath(path)
+
+    def current(self) -> Publication | None:
+        """What is published now, None before the first publication.
+
+        Raises:
+            ContractError: `current.json` is not a publication.
+            UnavailableError: the place does not answer.
+        """
+        data = self._read(CURRENT_NAME)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data, type=Publication)
+        except msgspec.MsgspecError as error:
+            raise ContractError(
+                f"{self.root}/{CURRENT_NAME}: {error}", reason="publication"
+            ) from error
+
+    def staging(self, release: str) -> Path:
+        """A fresh local folder, named by the release, to write its files into; `add` takes it from
+        there.
+        """
+        parent = self._cache if self.is_remote else self._local
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent)) / release
+        folder.mkdir()
+        return folder
+
+    def add(self, folder: Path) -> None:
+        """Move a complete staged release to its place, whole.
+
+        Raises:
+            ContractError: it is not complete, or a release of that name is already there.
+        """
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        if manifest.release != folder.name:
+            raise ContractError(
+                f"release {folder.name}: its manifest calls it {manifest.release!r}",
+                reason="release-name",
+            )
+        if folder.name in self.list():
+            raise ContractError(
+                f"release {folder.name}: {self.root} holds one of this name already",
+                reason="release-name",
+            )
+        if self.is_remote:
+            # The manifest goes last: a folder without one is no release.
+            for name in (*FILES, MANIFEST_NAME):
+                self._remote.put_file(
+                    str(folder / name), str(self._remote_root / folder.name / name)
+                )
+            shutil.rmtree(folder.parent)
+            return
+        folder.rename(self._local / folder.name)
+        folder.parent.rmdir()
+
+    def publish(self, release: str) -> Publication:
+        """Make a release the one to serve, under the next number; an earlier release is a rollback.
+
+        Raises:
+            ContractError: there is no such release, or its bytes do not fit its manifest.
+        """
+        folder = self.fetch(release)
+        verify_files(folder, read_manifest(folder))
+        with self._lock():
+            before = self.current()
+            publication = Publication(
+                number=before.number + 1 if before else 1,
+                release=release,
+                sha256=sha256_of(folder / MANIFEST_NAME),
+            )
+            self._replace(CURRENT_NAME, msgspec.json.encode(publication))
+        return publication
+
+    def fetch(self, release: str) -> Path:
+        """Local folder of a release; from a URL it is pulled once.
+
+        Raises:
+            ContractError: there is none of that name.
+        """
+        folder = (self._cache if self.is_remote else self._local) / release
+        if (folder / MANIFEST_NAME).is_file():
+            return folder
+        if not self.is_remote or release not in self.list():
+            raise ContractError(f"{self.root}: no release {release!r}", reason="torn")
+        pulled = self.staging(release)
+        for name in (*FILES, MANIFEST_NAME):
+            self._remote.get_file(str(self._remote_root / release / name), str(pulled / name))
+        with contextlib.suppress(OSError):  # somebody else on this machine pulled it meanwhile
+            pulled.rename(folder)
+        shutil.rmtree(pulled.parent, ignore_errors=True)
+        return folder
+
+    def list(self) -> list[str]:
+        """Names of the releases that are there, sorted."""
+        if self.is_remote:
+            found = self._remote.glob(str(self._remote_root / "*" / MANIFEST_NAME))
+            return sorted(PurePosixPath(path).parent.name for path in found)
+        return sorted(
+            path.parent.name
+            for path in self._local.glob(f"*/{MANIFEST_NAME}")
+            if not path.parent.name.startswith(".")
+        )
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            if self.is_remote:
+                data: bytes = self._remote.cat_file(str(self._remote_root / name))
+                return data
+            return (self._local / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnavailableError(f"releases at {self.root}: {error}") from error
+
+    def _replace(self, name: str, data: bytes) -> None:
+        if self.is_remote:
+            self._remote.pipe_file(str(self._remote_root / name), data)
+            return
+        handle, path = tempfile.mkstemp(prefix=f".{name}-", dir=self._local)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(path).chmod(0o644)
+        Path(path).replace(self._local / name)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One publisher at a time on one file system; object stores have no such lock."""
+        if self.is_remote:
+            yield
+            return
+        with (self._local / ".publish.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def load_checked(folder: Path, publication: Publication) -> Manifest:
+    """Manifest of a release whose every checksum fits.
+
+    Raises:
+        ContractError: torn, tampered with, or not the release that was published.
+    """
+    manifest = read_manifest(folder)
+    found = sha256_of(folder / MANIFEST_NAME)
+    if found != publication.sha256:
+        raise ContractError(
+            f"release {folder.name}: sha256 of {MANIFEST_NAME} is {found[:12]}…, "
+            f"publication {publication.number} says {publication.sha256[:12]}…",
+            reason="checksum",
+        )
+    verify_files(folder, manifest)
+    return manifest
+
+
+def self_test(folder: Path, engine: Engine) -> None:
+    """Run a release's recorded inputs and compare.
+
+    Raises:
+        ContractError: the recording cannot be read, or an output is further than
+            `SELF_TEST_TOLERANCE` from the recorded one.
+    """
+    where = f"release {folder.name}: self-test"
+    try:
+        with np.load(folder / SELF_TEST_NAME, allow_pickle=False) as recorded:
+            data = {name: recorded[name] for name in recorded.files}
+        state_BS = engine.advance(
+            data["state"],
+            data["x"],
+            data["lens"],
+            event_TB=data.get("event"),
+            gap_TB=data.get("gap"),
+        )
+        found = {"state_next": state_BS, "query": engine.query(state_BS)}
+        for name, array in found.items():
+            worst = float(np.abs(array - data[name]).max())
+            if not worst <= SELF_TEST_TOLERANCE:
+                raise ContractError(
+                    f"{where}: {name} is {worst:.2e} from its recording, "
+                    f"at most {SELF_TEST_TOLERANCE:.0e} is allowed",
+                    reason="self-test",
+                )
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, AssertionError) as error:
+        raise ContractError(f"{where}: cannot run: {error!r}", reason="self-test") from error

@@ -1,0 +1,430 @@
+"""One chunk of one partition → new records and lists; no I/O, no clock, no Faust.
+
+The result is a pure function of the events, the records before, the partition's popularity and the
+inputs
+in force, and it does not matter how the log was cut into chunks: a user's list answers the user's
+own last
+event, and everything computed in batches gives the bits that it gives alone (serving/engine.py).
+
+A user's record of another publication is rebuilt from the kept interactions first. Rebuilds run in
+calls of
+their own, grouped by length: one user with 50 steps among 255 with one made the whole call 54 times
+slower.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import F32, Engine, Scanner
+from afterclick.serving.manifest import event_code, gap_bucket
+from afterclick.serving.ranking import Ranked, pick, rank_all
+from afterclick.serving.records import (
+    INTERACTION_BYTES,
+    Interaction,
+    TopList,
+    UserRecord,
+    encode_list,
+    is_repeat,
+    item_hash,
+    pack_interaction,
+    repeat_tag,
+    unpack_interactions,
+)
+from afterclick.serving.settings import ListRules
+from afterclick.streams.events import FoldEvent
+from afterclick.streams.popularity import Popularity
+
+HOUR_MS = 3600 * 1000
+SCAN_USERS_MAX = 256
+"""Users scored in one call: the score matrix of 256 × 20,000 float32 is 20 MB."""
+
+
+class Release(Protocol):
+    """What the fold uses of a loaded release (serving.releases.LoadedRelease has it)."""
+
+    engine: Engine
+    catalog: Catalog
+    scanner: Scanner
+
+
+class Inputs(NamedTuple):
+    """Everything besides clicks that decides the result, as the inputs list names it."""
+
+    publication: int
+    release: str
+    sha256: str
+    publication_items: tuple[int, ...]
+    items: tuple[int, ...]
+    rules: ListRules
+
+
+class Counts(NamedTuple):
+    """What happened in a chunk, for metrics."""
+
+    clicks: int = 0
+    visits: int = 0
+    duplicates: int = 0
+    steps: int = 0
+    unknown_items: int = 0
+    rebuilt: int = 0
+    resets: int = 0
+    forgotten: int = 0
+    clocks_replaced: int = 0
+
+
+class Folded(NamedTuple):
+    """What a chunk leaves behind; users that only repeated themselves are not in it."""
+
+    records: dict[str, UserRecord | None]
+    """None deletes: the user is forgotten, or never had a record."""
+    lists: dict[str, bytes]
+    """`encode_list`'s bytes; empty deletes."""
+    popularity: dict[int, dict[str, int]]
+    """Clicks added per hour and item."""
+    counts: Counts
+
+
+class _Draft:
+    """One user's way through a chunk."""
+
+    __slots__ = (
+        "changed",
+        "counted",
+        "event_ms",
+        "forgotten",
+        "interactions",
+        "listed_at",
+        "offset",
+        "popular",
+        "record",
+        "resets",
+        "steps",
+        "unknown",
+    )
+
+    def __init__(self, record: UserRecord) -> None:
+        self.record = record
+        self.interactions = record.interactions
+        self.steps: list[tuple[int, int, int]] = []  # row, event code, gap bucket
+        self.changed = False
+        self.listed_at: int | None = None  # index of the event that the list answers
+        self.counted: list[int] = []  # offsets of the interactions taken
+        self.resets = 0
+        self.unknown = 0
+        self.forgotten = False
+        self.offset = -1
+        self.event_ms = 0
+        self.popular: list[tuple[str, int]] = []
+
+
+def fold(
+    events: Sequence[FoldEvent],
+    records: Mapping[str, UserRecord | None],
+    *,
+    partition: int,
+    inputs: Inputs,
+    popularity: Popularity,
+    release: Release | None,
+    catalog: Catalog,
+) -> Folded:
+    """Fold events in log order.
+
+    Args:
+        events: valid clicks of one partition.
+        records: the record of every user in `events`, None for a user without one.
+        partition: whose log this is.
+        inputs: in force for all of these events.
+        popularity: as of the first event; it is moved past the last one.
+        release: the loaded release of `inputs.publication`; None only for publication 0.
+        catalog: items as of `inputs.items`; the release's own where there is one.
+    """
+    assert (release is None) == (inputs.publication == 0)
+    drafts: dict[str, _Draft] = {}
+    counts = dict.fromkeys(Counts._fields, 0)
+    for at, event in enumerate(events):
+        draft = drafts.get(event.user_id)
+        if draft is None:
+            draft = drafts[event.user_id] = _Draft(records[event.user_id] or UserRecord())
+        counts["clocks_replaced"] += event.clock_replaced
+        outcome = _apply(draft, event, inputs, catalog)
+        counts[outcome] += 1
+        if outcome in ("clicks", "visits"):
+            draft.listed_at = at
+        elif outcome == "forgotten":
+            draft.listed_at = None
+    counts["resets"] = sum(draft.resets for draft in drafts.values())
+    counts["unknown_items"] = sum(draft.unknown for draft in drafts.values())
+    added = _count(events, drafts, inputs, popularity, catalog, rank=release is None)
+    if release is not None:
+        moved = [draft for draft in drafts.values() if draft.changed or draft.listed_at is not None]
+        counts["rebuilt"] = _rebuild(moved, inputs, release)
+        counts["steps"] = _advance(moved, release)
+    return _finish(drafts, partition, inputs, release, added, Counts(**counts))
+
+
+def rank_states(
+    states_BS: F32,
+    release: Release,
+    *,
+    want: int,
+    seen: Sequence[frozenset[int]] | None = None,
+) -> list[Ranked]:
+    """Lists of users from their states.
+
+    Args:
+        states_BS: states as records hold them.
+        release: the engine and the catalogue to score.
+        want: items per list.
+        seen: per user, item hashes to leave out.
+    """
+    ranked: list[Ranked] = []
+    for start in range(0, len(states_BS), SCAN_USERS_MAX):
+        q_BD = release.engine.query(states_BS[start : start + SCAN_USERS_MAX])
+        drops = [
+            _ids_of(hashes, release.catalog)
+            for hashes in (seen or ())[start : start + SCAN_USERS_MAX]
+        ]
+        fetch = want + 1 + max((len(drop) for drop in drops), default=0)
+        scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
+        complete = scores_BK.shape[1] == release.scanner.num_rows
+        for at in range(len(q_BD)):
+            drop = drops[at] if drops else frozenset()
+            found = pick(
+                scores_BK[at],
+                rows_BK[at],
+                release.catalog.ids_N,
+                want=want,
+                drop=drop,
+                complete=complete,
+            )
+            if found is None:
+                scores_N = release.scanner.scores(q_BD[at : at + 1])[0]
+                found = rank_all(scores_N, release.catalog.ids_N, want=want, drop=drop)
+            ranked.append(found)
+    return ranked
+
+
+def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) -> str:
+    """Take one event into a draft; the name of the count it belongs to."""
+    record, rules = draft.record, inputs.rules
+    if event.event == "forget":
+        draft.record = UserRecord(publication=inputs.publication)
+        draft.interactions, draft.steps = b"", []
+        draft.changed, draft.forgotten = True, True
+        return "forgotten"
+    if event.event != "visit":
+        gap_ms = max(0, event.event_ms - record.last_ms) if draft.interactions else 0
+        reset = bool(rules.idle_ttl_s and gap_ms > rules.idle_ttl_s * 1000)
+        interaction = Interaction(
+            item_hash(event.item_id),
+            repeat_tag(event.event, event.event_id, event.event_ms),
+            event_code(event.event),
+            0 if reset else gap_bucket(gap_ms),
+            event.event_ms // HOUR_MS % 24,
+            reset,
+        )
+        packed = pack_interaction(interaction)
+        if is_repeat(draft.interactions, packed):
+            return "duplicates"
+        if reset:
+            draft.resets += 1
+            record = record._replace(state=b"", steps=0, publication=inputs.publication)
+            draft.steps = []
+        draft.interactions = (draft.interactions + packed)[-rules.history * INTERACTION_BYTES :]
+        draft.record = record._replace(
+            clicks=record.clicks + 1, last_ms=max(record.last_ms, event.event_ms)
+        )
+        row = catalog.row(event.item_id)
+        if row is None:
+            draft.unknown += 1
+        else:
+            draft.steps.append((row, interaction.event, interaction.gap))
+        draft.counted.append(event.offset)
+        draft.changed, draft.forgotten = True, False
+    draft.offset, draft.event_ms = event.offset, event.event_ms
+    return "visits" if event.event == "visit" else "clicks"
+
+
+def _count(
+    events: Sequence[FoldEvent],
+    drafts: Mapping[str, _Draft],
+    inputs: Inputs,
+    popularity: Popularity,
+    catalog: Catalog,
+    *,
+    rank: bool,
+) -> dict[int, dict[str, int]]:
+    """Move the popularity past the events; with `rank`, take every user's list on the way.
+
+    Popularity moves with every click, so a list is taken right at its user's own last event:
+    otherwise it
+    would depend on where the chunk ends.
+    """
+    counted = {offset for draft in drafts.values() for offset in draft.counted}
+    added: dict[int, dict[str, int]] = {}
+    for at, event in enumerate(events):
+        if event.offset in counted:
+            bucket = popularity.add(event.item_id, event.event_ms)
+            if bucket is not None:
+                hour = added.setdefault(bucket, {})
+                hour[event.item_id] = hour.get(event.item_id, 0) + 1
+        draft = drafts[event.user_id]
+        if rank and draft.listed_at == at:
+            drop = _Seen(_hashes(draft)) if inputs.rules.filter_seen else ()
+            draft.popular = popularity.top(
+                inputs.rules.k + inputs.rules.margin, available=catalog.is_available, drop=drop
+            )
+    return added
+
+
+def _rebuild(drafts: list[_Draft], inputs: Inputs, release: Release) -> int:
+    """Give records of another publication the state that this release gives their past."""
+    before = list(inputs.publication_items)
+    pasts: list[tuple[_Draft, list[tuple[int, int, int]]]] = []
+    rebuilt = 0
+    for draft in drafts:
+        if draft.record.publication == inputs.publication:
+            continue  # forgotten or reset within this chunk: nothing of the past is left
+        # What stood in the record before this chunk; the chunk's own events are steps.
+        past: list[tuple[int, int, int]] = []
+        rebuilt += bool(draft.record.publication or draft.record.interactions)
+        for kept in unpack_interactions(draft.record.interactions):
+            if kept.reset:
+                past = []
+            row = release.catalog.row_of_hash(kept.item_hash, before)
+            if row is not None:
+                past.append((row, kept.event, kept.gap))
+        draft.record = draft.record._replace(
+            publication=inputs.publication, steps=len(past), state=b""
+        )
+        if past:
+            pasts.append((draft, past))
+    states = _run_steps([past for _, past in pasts], [b""] * len(pasts), release)
+    for (draft, _), state in zip(pasts, states, strict=True):
+        draft.record = draft.record._replace(state=state)
+    return rebuilt
+
+
+def _advance(drafts: list[_Draft], release: Release) -> int:
+    moving = [draft for draft in drafts if draft.steps]
+    states = _run_steps(
+        [draft.steps for draft in moving], [draft.record.state for draft in moving], release
+    )
+    for draft, state in zip(moving, states, strict=True):
+        draft.record = draft.record._replace(
+            state=state, steps=draft.record.steps + len(draft.steps)
+        )
+    return sum(len(draft.steps) for draft in moving)
+
+
+def _run_steps(
+    steps: list[list[tuple[int, int, int]]], states: list[bytes], release: Release
+) -> list[bytes]:
+    """States after everybody's steps, in calls of users with about as many steps."""
+    groups: dict[int, list[int]] = {}
+    for at, own in enumerate(steps):
+        groups.setdefault((len(own) - 1).bit_length(), []).append(at)
+    after = [b""] * len(steps)
+    engine, vectors_NE = release.engine, release.catalog.step_vectors_NE
+    zero = engine.zero_state(1).tobytes()
+    for members in groups.values():
+        lens_B = np.array([len(steps[at]) for at in members], np.int32)
+        rows_TB = np.zeros((int(lens_B.max()), len(members)), np.int64)
+        event_TB, gap_TB = np.zeros_like(rows_TB), np.zeros_like(rows_TB)
+        for user, at in enumerate(members):
+            own_T3 = np.array(steps[at], np.int64)
+            rows_TB[: len(own_T3), user] = own_T3[:, 0]
+            event_TB[: len(own_T3), user] = own_T3[:, 1]
+            gap_TB[: len(own_T3), user] = own_T3[:, 2]
+        joined = b"".join(states[at] or zero for at in members)
+        state_BS = np.frombuffer(joined, np.float32).reshape(len(members), -1)
+        state_BS = engine.advance(
+            state_BS, vectors_NE[rows_TB], lens_B, event_TB=event_TB, gap_TB=gap_TB
+        )
+        for user, at in enumerate(members):
+            after[at] = state_BS[user].tobytes()
+    return after
+
+
+def _finish(
+    drafts: dict[str, _Draft],
+    partition: int,
+    inputs: Inputs,
+    release: Release | None,
+    added: dict[int, dict[str, int]],
+    counts: Counts,
+) -> Folded:
+    records: dict[str, UserRecord | None] = {}
+    lists: dict[str, bytes] = {}
+    listed: dict[str, _Draft] = {}
+    for user_id, draft in drafts.items():
+        if not draft.changed and draft.listed_at is None:
+            continue
+        if draft.forgotten and not draft.interactions:
+            records[user_id] = None
+        elif draft.changed or draft.record.interactions:
+            records[user_id] = draft.record._replace(
+                interactions=draft.interactions, publication=inputs.publication
+            )
+        else:
+            records[user_id] = None  # a visitor without a past
+        if draft.listed_at is not None:
+            listed[user_id] = draft
+        else:
+            lists[user_id] = b""
+    if release is None:
+        rankings = [
+            Ranked([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
+            for draft in listed.values()
+        ]
+    else:
+        rankings = _rank(list(listed.values()), inputs, release)
+    for (user_id, draft), ranked in zip(listed.items(), rankings, strict=True):
+        lists[user_id] = encode_list(
+            TopList(
+                items=ranked.items,
+                scores=[round(score, 4) for score in ranked.scores],
+                source="popularity" if release is None else "model",
+                release=inputs.release,
+                publication=inputs.publication,
+                items_offset=list(inputs.items),
+                partition=partition,
+                offset=draft.offset,
+                event_ms=draft.event_ms,
+            )
+        )
+    return Folded(records, lists, added, counts)
+
+
+def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked]:
+    if not drafts:
+        return []
+    zero = release.engine.zero_state(1).tobytes()
+    joined = b"".join(draft.record.state or zero for draft in drafts)
+    states_BS = np.frombuffer(joined, np.float32).reshape(len(drafts), -1)
+    seen = None
+    if inputs.rules.filter_seen:
+        seen = [_hashes(draft) for draft in drafts]
+    return rank_states(states_BS, release, want=inputs.rules.k + inputs.rules.margin, seen=seen)
+
+
+def _hashes(draft: _Draft) -> frozenset[int]:
+    return frozenset(kept.item_hash for kept in unpack_interactions(draft.interactions))
+
+
+def _ids_of(hashes: frozenset[int], catalog: Catalog) -> frozenset[str]:
+    rows = (catalog.row_of_hash(hash_) for hash_ in hashes)
+    return frozenset(catalog.ids[row] for row in rows if row is not None)
+
+
+class _Seen:
+    """The items of a user's history, asked by id."""
+
+    def __init__(self, hashes: frozenset[int]) -> None:
+        self._hashes = hashes
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_hash(str(item_id)) in self._hashes

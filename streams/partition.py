@@ -1,0 +1,464 @@
+"""One partition's way from log to Redis: what is applied, skipped, refused or read again.
+
+Knows neither Faust, threads nor a clock: the app feeds it chunks and moves the consumer as told;
+the
+simulation drives it the same way. It holds the exactly-once rules of docs/architecture.md:
+
+- the stored head says where the log goes on; Kafka's committed offset is only a hint;
+- a chunk below the head is skipped, one that overlaps is cut, one beyond it is a hole: seek back;
+- everything is read in one MGET and written by one script, which fences on the whole head;
+- on any mismatch every cache is dropped and the stored head is where things go on.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.errors import ContractError
+from afterclick.serving.records import (
+    Head,
+    InputsEntry,
+    UserRecord,
+    decode_record,
+    encode_record,
+    rules_digest,
+)
+from afterclick.serving.settings import ListRules
+from afterclick.serving.store import PopularityWrite, Read, UserWrite
+from afterclick.streams.events import FoldEvent, decode_click
+from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold
+from afterclick.streams.popularity import Popularity
+
+
+class Record(NamedTuple):
+    """One log record as Kafka gave it."""
+
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+class Chunk(NamedTuple):
+    """Records of one partition, in order; transaction markers and compaction leave gaps between
+    them.
+    """
+
+    begin: int
+    """Where the fetch was asked, or the previous chunk's end."""
+    end: int
+    """Offset after the last record."""
+    records: Sequence[Record]
+
+
+class DeadLetter(NamedTuple):
+    """A record that broke the contract, and why."""
+
+    record: Record
+    reason: str
+    message: str
+
+
+class LogEdges(NamedTuple):
+    """What the broker says of a partition."""
+
+    topic_id: str
+    """Empty where the broker has none."""
+    start: int
+    end: int
+
+
+class Serving(NamedTuple):
+    """What a worker serves at a chunk boundary."""
+
+    publication: int
+    name: str
+    sha256: str
+    release: Release | None
+    catalog: Catalog
+
+
+class PartitionStore(Protocol):
+    """What this module needs of `serving.store.Store`."""
+
+    def read(self, partition: int, user_ids: Sequence[str]) -> Read: ...  # noqa: D102
+    def read_popularity(  # noqa: D102
+        self, partition: int, buckets: Sequence[int]
+    ) -> tuple[bytes, dict[int, dict[str, int]]]: ...
+    def commit(  # noqa: D102
+        self,
+        partition: int,
+        expected: bytes,
+        head: Head,
+        entry: InputsEntry | None,
+        users: Sequence[UserWrite],
+        popularity: Sequence[PopularityWrite],
+    ) -> bytes | None: ...
+
+
+class Limits(NamedTuple):
+    """Bounds of one write."""
+
+    users_max: int
+    records_max: int
+    bytes_max: int
+    cache_users_max: int = 20_000
+    """Records kept decoded between chunks: about 2 KB each."""
+
+
+class Applied(NamedTuple):
+    """One write that went through."""
+
+    records: int
+    bytes: int
+    users: int
+    counts: Counts
+    dead_letters: int
+    newest_ms: int
+    """Largest record timestamp in it."""
+
+
+class Moved(NamedTuple):
+    """What processing a chunk came to."""
+
+    applied: list[Applied]
+    seek: int | None = None
+    """The consumer must go here: a hole, or another writer was seen."""
+    waiting_for: int | None = None
+    """Publication that the head is on and this worker has not loaded: try the chunk again later."""
+
+
+class PartitionFold:
+    """Folds one partition; used by one thread at a time."""
+
+    def __init__(
+        self,
+        partition: int,
+        store: PartitionStore,
+        rules: ListRules,
+        limits: Limits,
+        *,
+        serving: Callable[[], Serving],
+        dead_letters: Callable[[list[DeadLetter]], None],
+        log_start: Callable[[], int],
+        batch_ids: Iterator[str],
+        accept_loss: bool = False,
+    ) -> None:
+        self.partition = partition
+        self.lost_records = 0
+        """Records that the log dropped before they were folded, under `accept_loss`."""
+        self._store = store
+        self._rules = rules
+        self._digest = rules_digest(rules)
+        self._limits = limits
+        self._serving = serving
+        self._dead_letters = dead_letters
+        self._log_start = log_start
+        self._batch_ids = batch_ids
+        self._accept_loss = accept_loss
+        self._stored = b""
+        self._head = Head()
+        self._opened = False
+        self._torn = False  # an exception left this object between two states
+        self._cache: dict[str, UserRecord | None] = {}
+        self._popularity = self._new_popularity()
+
+    @property
+    def position(self) -> int:
+        """Offset of the first record not yet folded."""
+        return self._head.next
+
+    @property
+    def popularity(self) -> Popularity:
+        """This partition's popularity as of the head."""
+        return self._popularity
+
+    def open(self, edges: LogEdges, crc_at: Callable[[int], int | None]) -> int:
+        """Take the partition over from whoever had it.
+
+        Args:
+            edges: the log as the broker has it now.
+            crc_at: reads one record again and gives its `record_crc`, None where it is gone.
+
+        Returns:
+            The offset to read from.
+
+        Raises:
+            ContractError: the head does not belong to this log; the message names the remedy.
+            UnavailableError: Redis does not answer.
+        """
+        self._reload()
+        head, where = self._head, f"partition {self.partition}"
+        if not self._stored:
+            self._head = Head(topic_id=edges.topic_id, next=edges.start)
+        elif head.topic_id and edges.topic_id and head.topic_id != edges.topic_id:
+            raise ContractError(
+                f"{where}: the head belongs to topic id {head.topic_id}, the topic now has "
+                f"{edges.topic_id}: it was created anew; set another AFTERCLICK_SERVING__NAMESPACE "
+                "to start over",
+                reason="topic-recreated",
+            )
+        elif head.next > edges.end:
+            raise ContractError(
+                f"{where}: the head is at {head.next}, the log ends at {edges.end}: the log lost "
+                "records; set another AFTERCLICK_SERVING__NAMESPACE to start over",
+                reason="head-past-end",
+            )
+        elif head.next < edges.start:
+            if not self._accept_loss:
+                raise self._dropped(edges.start)
+            self.lost_records += edges.start - head.next
+            self._head = msgspec.structs.replace(head, next=edges.start)
+        elif head.last_offset >= edges.start:
+            found = crc_at(head.last_offset)
+            if found is not None and found != head.last_crc:
+                raise ContractError(
+                    f"{where}: the record at offset {head.last_offset} is not the one that was "
+                    f"folded (crc {found:08x}, head says {head.last_crc:08x}); set another "
+                    "AFTERCLICK_SERVING__NAMESPACE to start over",
+                    reason="log-changed",
+                )
+        self._opened = True
+        return self._head.next
+
+    def check(self) -> int | None:
+        """Look whether the stored head is still ours; None or the offset to go to.
+
+        An idle worker would otherwise not notice that Redis came back from a failover with an older
+        head.
+        """
+        if self._store.read(self.partition, []).head == self._stored:
+            return None
+        self._reload()
+        return self._head.next
+
+    def process(self, chunk: Chunk) -> Moved:
+        """Fold what of a chunk is new, in writes within the limits."""
+        assert self._opened, "open() decides whether this log may be folded at all"
+        if self._torn:
+            # A write may or may not have gone through before the exception: Redis knows.
+            self._reload()
+        applied: list[Applied] = []
+        if chunk.end <= self._head.next:
+            return Moved(applied)
+        if chunk.begin > self._head.next:
+            return Moved(applied, seek=self._head.next)
+        records = [record for record in chunk.records if record.offset >= self._head.next]
+        if records and records[0].offset > self._head.next:
+            self._check_gap()
+        self._torn = True
+        while records:
+            serving = self._serving()
+            if self._is_ahead_of(serving):
+                self._torn = False
+                return Moved(applied, waiting_for=self._head.publication)
+            piece, events, letters = self._take(records)
+            if letters:
+                # Their acknowledgement comes before the offset moves, so none is ever lost.
+                self._dead_letters(letters)
+            if not self._write(piece, events, serving, applied, len(letters)):
+                self._reload()
+                return Moved(applied, seek=self._head.next)
+            records = records[len(piece) :]
+        self._torn = False
+        return Moved(applied)
+
+    def _is_ahead_of(self, serving: Serving) -> bool:
+        """Whether the stored head rests on a release or on items that this worker does not have
+        yet.
+        """
+        head = self._head
+        if head.publication != serving.publication:
+            return head.publication > serving.publication
+        have = serving.catalog.offsets
+        return any(
+            needed > (have[at] if at < len(have) else 0)
+            for at, needed in enumerate(head.publication_items)
+        )
+
+    def _check_gap(self) -> None:
+        """Tell a gap that markers or compaction left from records that the log dropped unread."""
+        start = self._log_start()
+        if start <= self._head.next:
+            return
+        if not self._accept_loss:
+            raise self._dropped(start)
+        self.lost_records += start - self._head.next
+
+    def _dropped(self, start: int) -> ContractError:
+        return ContractError(
+            f"partition {self.partition}: the head is at {self._head.next}, the log starts at "
+            f"{start}: {start - self._head.next} records were dropped before they were folded; set "
+            "AFTERCLICK_STREAMS__ACCEPT_LOSS=true to go on without them",
+            reason="head-before-start",
+        )
+
+    def _take(
+        self, records: Sequence[Record]
+    ) -> tuple[list[Record], list[FoldEvent], list[DeadLetter]]:
+        """As many records from the front as one write may cover, decoded."""
+        piece: list[Record] = []
+        events: list[FoldEvent] = []
+        letters: list[DeadLetter] = []
+        users: set[str] = set()
+        size = 0
+        for record in records:
+            size += len(record.value or b"")
+            if piece and (len(piece) >= self._limits.records_max or size > self._limits.bytes_max):
+                break
+            try:
+                event = decode_click(
+                    record.key,
+                    record.value,
+                    offset=record.offset,
+                    record_ms=record.timestamp_ms,
+                )
+            except ContractError as error:
+                letters.append(DeadLetter(record, error.reason, str(error)))
+            else:
+                if event.user_id not in users and len(users) >= self._limits.users_max:
+                    break
+                users.add(event.user_id)
+                events.append(event)
+            piece.append(record)
+        return piece, events, letters
+
+    def _write(
+        self,
+        piece: list[Record],
+        events: list[FoldEvent],
+        serving: Serving,
+        applied: list[Applied],
+        num_letters: int,
+    ) -> bool:
+        user_ids = list(dict.fromkeys(event.user_id for event in events))
+        records = self._records_of(user_ids)
+        if records is None:
+            return False
+        inputs, entry = self._inputs(serving)
+        folded = fold(
+            events,
+            records,
+            partition=self.partition,
+            inputs=inputs,
+            popularity=self._popularity,
+            release=serving.release,
+            catalog=serving.catalog,
+        )
+        last = piece[-1]
+        head = Head(
+            topic_id=self._head.topic_id,
+            next=last.offset + 1,
+            last_offset=last.offset,
+            last_crc=record_crc(last.key, last.value),
+            publication=inputs.publication,
+            release=inputs.release,
+            sha256=inputs.sha256,
+            publication_items=list(inputs.publication_items),
+            items=list(inputs.items),
+            settings=self._digest,
+            clicks=self._head.clicks + folded.counts.clicks,
+            watermark_ms=self._popularity.watermark_ms,
+            batch=next(self._batch_ids),
+        )
+        users = _user_writes(folded)
+        hours = [PopularityWrite(hour, counts) for hour, counts in folded.popularity.items()]
+        if self._store.commit(self.partition, self._stored, head, entry, users, hours) is not None:
+            return False
+        self._head, self._stored = head, msgspec.json.encode(head)
+        self._remember(folded.records)
+        applied.append(
+            Applied(
+                records=len(piece),
+                bytes=sum(len(record.value or b"") for record in piece),
+                users=len(users),
+                counts=folded.counts,
+                dead_letters=num_letters,
+                newest_ms=max(record.timestamp_ms for record in piece),
+            )
+        )
+        return True
+
+    def _records_of(self, user_ids: list[str]) -> dict[str, UserRecord | None] | None:
+        """Records as of the head in hand; None when Redis has another head."""
+        missing = [user for user in user_ids if user not in self._cache]
+        if missing:
+            read = self._store.read(self.partition, missing)
+            if read.head != self._stored:
+                return None
+            for user, data in zip(missing, read.records, strict=True):
+                self._cache[user] = decode_record(data) if data else None
+        return {user: self._cache[user] for user in user_ids}
+
+    def _inputs(self, serving: Serving) -> tuple[Inputs, InputsEntry | None]:
+        """What is in force for the next write, and the entry that says so where it is new."""
+        head = self._head
+        items = tuple(serving.catalog.offsets)
+        came = serving.publication != head.publication
+        publication_items = items if came else tuple(head.publication_items)
+        inputs = Inputs(
+            serving.publication, serving.name, serving.sha256, publication_items, items, self._rules
+        )
+        before = (head.publication, tuple(head.items), head.settings)
+        if self._stored and before == (inputs.publication, items, self._digest):
+            return inputs, None
+        return inputs, InputsEntry(
+            offset=head.next,
+            publication=inputs.publication,
+            release=inputs.release,
+            sha256=inputs.sha256,
+            publication_items=list(publication_items),
+            items=list(items),
+            rules=self._rules,
+        )
+
+    def _remember(self, records: dict[str, UserRecord | None]) -> None:
+        for user, record in records.items():
+            self._cache.pop(user, None)
+            self._cache[user] = record
+        while len(self._cache) > self._limits.cache_users_max:
+            del self._cache[next(iter(self._cache))]
+
+    def _reload(self) -> None:
+        """Forget everything and take head and popularity from Redis, of one moment."""
+        self._torn = True
+        self._cache.clear()
+        stored = self._store.read(self.partition, []).head
+        while True:
+            head = msgspec.json.decode(stored, type=Head) if stored else Head()
+            popularity = self._new_popularity()
+            buckets = popularity.buckets(head.watermark_ms) if stored else range(0)
+            again, hours = self._store.read_popularity(self.partition, buckets)
+            if again == stored:
+                break
+            stored = again
+        popularity.load(head.watermark_ms, hours)
+        before = self._head
+        self._stored, self._head, self._popularity = stored, head, popularity
+        if not stored:
+            # Nothing stands there (a fresh or flushed Redis): the log's start is where folding
+            # begins.
+            self._head = Head(topic_id=before.topic_id, next=0)
+        self._torn = False
+
+    def _new_popularity(self) -> Popularity:
+        return Popularity(
+            half_life_s=self._rules.popularity_half_life_s,
+            items_max=self._rules.popularity_items_max,
+        )
+
+
+def record_crc(key: bytes | None, value: bytes | None) -> int:
+    """What the head keeps of the last record folded, to recognise the log."""
+    return zlib.crc32(value or b"", zlib.crc32(key or b""))
+
+
+def _user_writes(folded: Folded) -> list[UserWrite]:
+    return [
+        UserWrite(user, encode_record(record) if record else b"", folded.lists[user])
+        for user, record in folded.records.items()
+    ]
