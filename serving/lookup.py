@@ -11,7 +11,7 @@ import msgspec
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.keys import Keys, Meta, partition_of
-from afterclick.serving.records import TopList
+from afterclick.serving.records import Head, TopList
 
 META_EVERY_S = 60.0
 """Seconds between two looks at `<ns>:meta`; a user without a list looks sooner."""
@@ -26,7 +26,7 @@ USERS_MAX = 512
 """Users of one MGET; more are asked for in several, so that no answer blocks Redis for long."""
 
 Command = tuple[str, ...]
-T = TypeVar("T", TopList, Meta)
+T = TypeVar("T", TopList, Meta, Head)
 Plan = Generator[Command, Any, Any]
 
 
@@ -110,6 +110,11 @@ class Lookup:
             record_key=self._keys.user(partition, user_id),
             head_key=self._keys.head(partition),
         )
+
+    def folded_to(self, partition: int) -> Plan:
+        """Plan that returns the offset up to which a partition's clicks stand in lists."""
+        value = yield ("GET", self._keys.head(partition))
+        return 0 if value is None else _decode(self._keys.head(partition), value, Head).next
 
     def _tops_at_once(self, user_ids: Sequence[str], k: int | None) -> Plan:
         now_s = self._monotonic()

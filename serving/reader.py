@@ -91,6 +91,15 @@ class TopK:
         answer: Place = self._run(self._lookup.place(user_id))
         return answer
 
+    def folded_to(self, partition: int) -> int:
+        """Offset up to which a partition's clicks stand in lists, itself not included.
+
+        A click that Kafka put at `offset` is in its user's list once this is greater. 0 before the
+        partition's first click.
+        """
+        answer: int = self._run(self._lookup.folded_to(partition))
+        return answer
+
     def close(self) -> None:
         """Give the connections back."""
         self._redis.close()
@@ -152,6 +161,11 @@ class AsyncTopK:
     async def place(self, user_id: str) -> Place:
         """The user's partition and keys."""
         answer: Place = await self._run(self._lookup.place(user_id))
+        return answer
+
+    async def folded_to(self, partition: int) -> int:
+        """Offset up to which a partition's clicks stand in lists, itself not included."""
+        answer: int = await self._run(self._lookup.folded_to(partition))
         return answer
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.keys import Meta, partition_of
 from afterclick.serving.lookup import Lookup, Plan
-from afterclick.serving.records import TopList
+from afterclick.serving.records import Head, TopList
 
 
 class Clock:
@@ -277,3 +277,12 @@ def test_a_place_needs_the_partitions(lookup: Lookup, redis: Redis) -> None:
     assert place.partition == partition_of("u", 4)
     assert place.list_key == "t:top:u"
     assert place.record_key == f"{{t:{place.partition}}}:u:u"
+
+
+def test_folded_to_is_the_next_offset_of_the_head(lookup: Lookup, redis: Redis) -> None:
+    """Who sent a click can wait for the list that answers it."""
+    assert redis.answer(lookup.folded_to(3)) == 0
+
+    redis.values["{t:3}:head"] = msgspec.json.encode(Head(next=42))
+
+    assert redis.answer(lookup.folded_to(3)) == 42
