@@ -123,9 +123,11 @@ class Store:
     ) -> None:
         self.keys = keys
         self._url = url
-        self._record_ttl_s = record_ttl_s
+        self.record_ttl_s = record_ttl_s
         self._popularity_ttl_s = popularity_ttl_s
         self._clock_ms = clock_ms
+        self.observe_s: Callable[[float], None] = lambda _: None
+        """Told how long each call took, answer included."""
         self._redis = redis.Redis.from_url(
             url,
             socket_timeout=TIMEOUT_S,
@@ -187,7 +189,7 @@ class Store:
             expected,
             new,
             msgspec.json.encode(entry) if entry else b"",
-            self._record_ttl_s,
+            self.record_ttl_s,
             len(users),
             self._popularity_ttl_s,
         ]
@@ -294,8 +296,11 @@ class Store:
             )
 
     def _call(self, action: Callable[[], Any]) -> Any:
+        begun_s = time.perf_counter()
         try:
-            return action()
+            answer = action()
+            self.observe_s(time.perf_counter() - begun_s)
+            return answer
         except redis.exceptions.AuthenticationError as error:
             raise ConfigError(f"redis {safe_url(self._url)}: {error}") from error
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:

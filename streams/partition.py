@@ -118,8 +118,8 @@ class Applied(NamedTuple):
     users: int
     counts: Counts
     dead_letters: int
-    newest_ms: int
-    """Largest record timestamp in it."""
+    oldest_ms: int
+    """Smallest record timestamp in it: how long its first click waited."""
 
 
 class Moved(NamedTuple):
@@ -128,6 +128,8 @@ class Moved(NamedTuple):
     applied: list[Applied]
     seek: int | None = None
     """The consumer must go here: a hole, or another writer was seen."""
+    mismatch: bool = False
+    """Another writer was seen."""
     waiting_for: int | None = None
     """Publication that the head is on and this worker has not loaded: try the chunk again later."""
 
@@ -147,6 +149,7 @@ class PartitionFold:
         log_start: Callable[[], int],
         batch_ids: Iterator[str],
         accept_loss: bool = False,
+        folding: Callable[..., Folded] = fold,
     ) -> None:
         self.partition = partition
         self.lost_records = 0
@@ -160,6 +163,7 @@ class PartitionFold:
         self._log_start = log_start
         self._batch_ids = batch_ids
         self._accept_loss = accept_loss
+        self._folding = folding
         self._stored = b""
         self._head = Head()
         self._opened = False
@@ -171,6 +175,11 @@ class PartitionFold:
     def position(self) -> int:
         """Offset of the first record not yet folded."""
         return self._head.next
+
+    @property
+    def rules(self) -> ListRules:
+        """The rules it folds by."""
+        return self._rules
 
     @property
     def popularity(self) -> Popularity:
@@ -262,7 +271,7 @@ class PartitionFold:
                 self._dead_letters(letters)
             if not self._write(piece, events, serving, applied, len(letters)):
                 self._reload()
-                return Moved(applied, seek=self._head.next)
+                return Moved(applied, seek=self._head.next, mismatch=True)
             records = records[len(piece) :]
         self._torn = False
         return Moved(applied)
@@ -340,7 +349,7 @@ class PartitionFold:
         if records is None:
             return False
         inputs, entry = self._inputs(serving)
-        folded = fold(
+        folded = self._folding(
             events,
             records,
             partition=self.partition,
@@ -378,7 +387,7 @@ class PartitionFold:
                 users=len(users),
                 counts=folded.counts,
                 dead_letters=num_letters,
-                newest_ms=max(record.timestamp_ms for record in piece),
+                oldest_ms=min(record.timestamp_ms for record in piece),
             )
         )
         return True

@@ -1,0 +1,450 @@
+"""The worker: build_app(...) → faust.App with its topic, agent and life-cycle; nothing happens at
+import.
+
+The path of a chunk: `ChunkConsumer` → Faust's conductor → the agent below → `HeldPartition` → a
+thread that
+runs `PartitionFold` → Redis. Faust brings group membership, rebalancing, commits and the process's
+life-cycle.
+"""
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, cast
+
+import faust
+import mode
+from faust.types import TP
+
+from afterclick.serving.engine import choose_provider
+from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.serving.keys import Keys, Meta
+from afterclick.serving.records import TopList, encode_list
+from afterclick.serving.settings import ListRules, ServingSettings
+from afterclick.serving.store import Store
+from afterclick.streams.admin import TopicsInfo, check_topics, wait_for_broker
+from afterclick.streams.assignment import HeldPartition, Shared, State
+from afterclick.streams.chunks import ChunkConsumer, ChunkSchema, ChunkTransport
+from afterclick.streams.deadletters import DeadLetters
+from afterclick.streams.fold import Folded, fold
+from afterclick.streams.health import HealthServer
+from afterclick.streams.log import LogReader
+from afterclick.streams.metrics import Metrics
+from afterclick.streams.partition import DeadLetter, Limits, LogEdges, PartitionFold, record_crc
+from afterclick.streams.popularity import Popularity
+from afterclick.streams.runtime import Runtime, UnavailableChange
+from afterclick.streams.settings import StreamsSettings
+
+SUMMARY_ITEMS = 500
+"""Items of a partition's popularity that enter the fallback list."""
+
+STUCK_S = 60.0
+"""A fold that runs for so long, or an event loop silent for so long, fails liveness."""
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Everything of one worker process, wired; `app` is what Faust runs."""
+
+    def __init__(
+        self, serving: ServingSettings, streams: StreamsSettings, topics: TopicsInfo, store: Store
+    ) -> None:
+        self.serving, self.streams, self.topics, self.store = serving, streams, topics, store
+        self.metrics = Metrics()
+        store.observe_s = self.metrics.redis_seconds.observe
+        self.held: dict[int, HeldPartition] = {}
+        self.dead_letters = DeadLetters(streams)
+        self.runtime = Runtime(
+            serving,
+            streams,
+            self.metrics,
+            on_unavailable=self._write_unavailable,
+            on_bad_item=self._bad_item,
+        )
+        self._log = LogReader(streams)
+        self._beat_s = time.monotonic()
+        self.app = build_app(self)
+        self._shared = Shared(
+            prepared=asyncio.Event(),
+            gate=self.runtime.gate,
+            # One more for idle checks and openings, which must not wait behind long folds.
+            threads=ThreadPoolExecutor(streams.fold_threads + 1, thread_name_prefix="fold"),
+            slots=asyncio.Semaphore(streams.fold_threads),
+            metrics=self.metrics,
+            moves=self,
+            log=self,
+            crash=self.app.crash,
+            records_max=streams.chunk_records_max,
+            backlog_max=streams.backlog_records_max,
+        )
+
+    # Life-cycle, called by Faust's signals ------------------------------------------------------
+
+    async def prepare(self) -> None:
+        """Get ready to fold; partitions that come before wait for it."""
+        await self.runtime.start()
+        gc.collect()
+        gc.freeze()  # what start-up made lives for ever: later collections need not look at it
+        self._shared.prepared.set()
+
+    async def watch_releases(self) -> None:
+        """Swap new publications in."""
+        await self._shared.prepared.wait()
+        await self.runtime.watch_releases()
+
+    async def follow_items(self) -> None:
+        """Take new items."""
+        await self._shared.prepared.wait()
+        await self.runtime.follow_items()
+
+    async def assigned(self, tps: set[TP]) -> None:
+        """Take partitions over."""
+        for tp in sorted(tps):
+            if tp.partition not in self.held:
+                self.held[tp.partition] = HeldPartition(self._new_fold(tp.partition), self._shared)
+
+    async def revoked(self, tps: set[TP]) -> None:
+        """Give partitions back: the write in hand ends, what waits is left to others."""
+        leaving = [self.held.pop(tp.partition) for tp in tps if tp.partition in self.held]
+        await asyncio.gather(*(held.stop() for held in leaving))
+        for tp in tps:
+            self._consumer.forget(tp)
+        for held in leaving:
+            self.metrics.forget_partition(held.partition)
+
+    async def heartbeat(self) -> None:
+        """Show that the event loop runs, and how far behind the log each partition is."""
+        while True:
+            self._beat_s = time.monotonic()
+            for partition, held in self.held.items():
+                position = held.fold.position
+                self.metrics.head_offset.labels(partition=str(partition)).set(position)
+                end = self._consumer.highwater(self._tp(partition)) or 0
+                self.metrics.lag.labels(partition=str(partition)).set(max(0, end - position))
+            await asyncio.sleep(1.0)
+
+    async def renew_fallback(self) -> None:
+        """Summaries of our partitions, and from all summaries the list of users without one."""
+        while True:
+            await asyncio.sleep(self.serving.fallback_every_s)
+            tops = {
+                partition: dict(self._most_popular(held.fold.popularity))
+                for partition, held in self.held.items()
+                if held.state == State.READY
+            }
+            try:
+                await asyncio.to_thread(self._write_fallback, tops)
+            except UnavailableError as error:
+                log.warning("fallback list: %s; trying again", error)
+
+    # What partitions ask of the consumer and the log --------------------------------------------
+
+    def seek(self, partition: int, offset: int) -> None:
+        """Read a partition from `offset` on."""
+        self._consumer.seek_soon(self._tp(partition), offset)
+
+    def pause(self, partition: int) -> None:
+        """Fetch no more of a partition."""
+        self._consumer.pause_partitions({self._tp(partition)})
+
+    def resume(self, partition: int) -> None:
+        """Fetch a partition again."""
+        self._consumer.resume_partitions({self._tp(partition)})
+
+    def applied(self, partition: int, position: int) -> None:
+        """A partition's head stands at `position`."""
+        self._consumer.progress[self._tp(partition)] = position
+
+    def edges(self, partition: int) -> LogEdges:
+        """First and last offset of a partition, and whose log it is."""
+        start, end = self._log.edges(self.streams.clicks_topic, partition)
+        topics = check_topics(self.streams)
+        return LogEdges(topics.clicks_id, start, end)
+
+    def crc_at(self, partition: int, offset: int) -> int | None:
+        """crc of one record, read again."""
+        record = self._log.at(self.streams.clicks_topic, partition, offset)
+        return record_crc(record.key, record.value) if record else None
+
+    # Health -------------------------------------------------------------------------------------
+
+    def live(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the process works at all."""
+        now_s = time.monotonic()
+        silent_s = now_s - self._beat_s
+        stuck = {
+            str(partition): round(now_s - held.busy_since_s, 1)
+            for partition, held in self.held.items()
+            if held.busy_since_s is not None and now_s - held.busy_since_s > STUCK_S
+        }
+        ok = silent_s < STUCK_S and not stuck
+        return ok, {"event_loop_silent_s": round(silent_s, 1), "folding_for_s": stuck}
+
+    def ready(self) -> tuple[bool, dict[str, Any]]:
+        """Whether every partition we hold is folded, and why not."""
+        partitions = {
+            str(p): {"state": held.state.value, "why": held.why}
+            for p, held in sorted(self.held.items())
+        }
+        loaded = self.runtime.loaded
+        ok = self.runtime.ready and all(held.state == State.READY for held in self.held.values())
+        ok = ok and not self.app.rebalancing
+        return ok, {
+            "partitions": partitions,
+            "publication": loaded.publication.number if loaded else 0,
+            "release": loaded.publication.release if loaded else "",
+            "provider": loaded.engine.provider if loaded else "",
+            "refused_publications": {str(n): why for n, why in self.runtime.refused.items()},
+            "items_read": self.runtime.ready,
+            "rebalancing": bool(self.app.rebalancing),
+        }
+
+    # Private ------------------------------------------------------------------------------------
+
+    @property
+    def _consumer(self) -> ChunkConsumer:
+        return cast(ChunkConsumer, self.app.consumer)
+
+    def _tp(self, partition: int) -> TP:
+        return TP(self.streams.clicks_topic, partition)
+
+    def _new_fold(self, partition: int) -> PartitionFold:
+        topic, streams = self.streams.clicks_topic, self.streams
+
+        def send(letters: list[DeadLetter]) -> None:
+            self.dead_letters.send(topic, partition, letters)
+            for letter in letters:
+                self.metrics.dead_letters.labels(reason=letter.reason).inc()
+
+        return PartitionFold(
+            partition,
+            self.store,
+            ListRules.of(self.serving),
+            Limits(streams.chunk_users_max, streams.chunk_records_max, streams.chunk_bytes_max),
+            serving=self.runtime.serving,
+            dead_letters=send,
+            log_start=lambda: self._log.edges(topic, partition)[0],
+            batch_ids=self._batches_of(),
+            folding=self._timed_fold,
+            accept_loss=streams.accept_loss,
+        )
+
+    def _timed_fold(self, *args: Any, **kwargs: Any) -> Folded:
+        with self.metrics.engine_seconds.time():
+            return fold(*args, **kwargs)
+
+    def _batches_of(self) -> Any:
+        name = uuid.uuid4().hex[:12]
+        return (f"{name}-{n}" for n in itertools.count())
+
+    def _most_popular(self, popularity: Popularity) -> list[tuple[str, int]]:
+        return popularity.top(SUMMARY_ITEMS, available=self.runtime.catalog.is_available)
+
+    def _write_fallback(self, tops: dict[int, dict[str, int]]) -> None:
+        for partition, scores in tops.items():
+            self.store.write_summary(partition, scores)
+        if 0 not in tops:
+            return  # the worker that holds partition 0 writes the list
+        total: dict[str, int] = {}
+        for scores in self.store.read_summaries(self.topics.clicks_partitions):
+            for item, score in scores.items():
+                total[item] = total.get(item, 0) + score
+        want = self.serving.k + self.serving.margin
+        available = self.runtime.catalog.is_available
+        ranked = sorted((-score, item) for item, score in total.items() if available(item))
+        items = [item for _, item in ranked[:want]]
+        scores_f = [float(-score) for score, _ in ranked[:want]]
+        # A young stream knows few items: what the release gives a newcomer follows them.
+        for item in self.runtime.first_list(want).items:
+            if len(items) < want and item not in total:
+                items.append(item)
+                scores_f.append(0.0)
+        loaded = self.runtime.loaded
+        body = encode_list(
+            TopList(
+                items=items,
+                scores=scores_f,
+                source="popularity",
+                release=loaded.publication.release if loaded else "",
+                publication=loaded.publication.number if loaded else 0,
+                items_offset=list(self.runtime.catalog.offsets),
+                partition=-1,
+                offset=-1,
+                event_ms=0,
+            )
+        )
+        self.store.write_fallback(body)
+
+    def _write_unavailable(self, change: UnavailableChange) -> None:
+        self.store.write_unavailable(change.before, change.after, change.changes, change.whole)
+
+    def _bad_item(self, partition: int, letter: DeadLetter) -> None:
+        self.metrics.dead_letters.labels(reason=f"item-{letter.reason}").inc()
+        if 0 in self.held:  # every worker reads all items: one of them writes the letter
+            self.dead_letters.send(self.streams.items_topic, partition, [letter])
+
+
+class _App(faust.App):
+    """A Faust app whose consumer delivers chunks."""
+
+    def _new_transport(self) -> Any:
+        return ChunkTransport(self.conf.broker_consumer, self, loop=self.loop)
+
+
+def build_app(worker: Worker) -> faust.App:
+    """A Faust app whose one agent hands chunks to the worker's partitions."""
+    streams = worker.streams
+    app = _App(
+        streams.group,
+        broker=";".join(f"kafka://{address}" for address in streams.broker.split(",")),
+        store="memory://",
+        autodiscover=False,
+        web_enabled=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        table_standby_replicas=0,
+        consumer_auto_offset_reset="earliest",
+        consumer_group_instance_id=streams.instance or None,
+        broker_session_timeout=streams.session_timeout_s,
+        broker_heartbeat_interval=max(0.3, streams.session_timeout_s / 5),
+        broker_rebalance_timeout=streams.rebalance_timeout_s,
+        broker_request_timeout=max(30.0, streams.session_timeout_s * 2),
+        broker_max_poll_records=streams.backlog_records_max,
+        broker_commit_interval=1.0,
+        broker_max_poll_interval=600.0,
+        stream_wait_empty=False,
+        stream_buffer_maxsize=64,
+        agent_supervisor=mode.CrashingSupervisor,
+        worker_redirect_stdouts=False,
+        consumer_max_fetch_size=8 << 20,
+    )
+    ChunkConsumer.records_max = streams.chunk_records_max
+    topic = app.topic(streams.clicks_topic, schema=ChunkSchema())
+
+    async def fold_clicks(stream: Any) -> None:
+        async for event in stream.events():
+            held = worker.held.get(event.message.partition)
+            if held is not None:
+                held.deliver(event.value)
+
+    app.agent(topic, name="fold_clicks", concurrency=1)(fold_clicks)
+
+    async def on_assigned(_app: Any, *args: Any, **_: Any) -> None:
+        await worker.assigned({tp for tp in args[0] if tp.topic == streams.clicks_topic})
+
+    async def on_revoked(_app: Any, *args: Any, **_: Any) -> None:
+        await worker.revoked({tp for tp in args[0] if tp.topic == streams.clicks_topic})
+
+    app.on_partitions_assigned.connect(cast(Any, on_assigned), weak=False)
+    app.on_partitions_revoked.connect(cast(Any, on_revoked), weak=False)
+    for task in (
+        worker.prepare,
+        worker.heartbeat,
+        worker.renew_fallback,
+        worker.watch_releases,
+        worker.follow_items,
+    ):
+        app.task(task)
+    return app
+
+
+def run_worker(
+    serving: ServingSettings, streams: StreamsSettings, *, log_level: str = "INFO"
+) -> NoReturn:
+    """Check the surroundings, then run until a signal ends it.
+
+    Raises:
+        ConfigError: topics, Redis or the namespace's partition count are not as needed.
+        UnavailableError: Kafka or Redis did not answer within `start_timeout_s`.
+    """
+    choose_provider(serving.provider)
+    for library in ("kafka", "aiokafka", "mode", "faust"):
+        # Their INFO is a line per connection; at --log-level debug everything is shown.
+        quiet = logging.DEBUG if log_level.upper() == "DEBUG" else logging.WARNING
+        logging.getLogger(library).setLevel(quiet)
+    wait_for_broker(streams, streams.start_timeout_s)
+    topics = check_topics(streams, streams.start_timeout_s)
+    for note in topics.notes:
+        log.warning("%s", note)
+    store = open_store(serving, topics)
+    _wait_for_redis(store, streams.start_timeout_s)
+    _claim_namespace(store, serving, streams, topics)
+    worker = Worker(serving, streams, topics, store)
+    health = HealthServer(
+        streams.host, streams.port, worker.live, worker.ready, worker.metrics.registry
+    )
+    health.start()
+    log.info("health and metrics on port %d", health.port)
+    runner = _Runner(worker.app, stop_timeout_s=streams.stop_timeout_s, loglevel=log_level)
+    runner.execute_from_commandline()
+
+
+def open_store(serving: ServingSettings, topics: TopicsInfo) -> Store:
+    """The store of a namespace."""
+    window_s = Popularity(
+        half_life_s=serving.popularity_half_life_s, items_max=serving.popularity_items_max
+    ).window_s
+    return Store(
+        serving.redis,
+        Keys(serving.namespace, partitions=topics.clicks_partitions),
+        record_ttl_s=serving.record_ttl_s,
+        popularity_ttl_s=2 * window_s + 86400,
+    )
+
+
+class _Runner(faust.Worker):
+    """Faust's worker with a hard end: leaving without a commit is safe, hanging is not."""
+
+    def __init__(self, app: faust.App, *, stop_timeout_s: float, loglevel: str) -> None:
+        super().__init__(app, loglevel=loglevel, redirect_stdouts=False, quiet=False)
+        self._stop_timeout_s = stop_timeout_s
+
+    def _schedule_shutdown(self, signal: Any) -> None:
+        timer = threading.Timer(self._stop_timeout_s, _give_up, [self._stop_timeout_s])
+        timer.daemon = True
+        timer.start()
+        super()._schedule_shutdown(signal)
+
+
+def _give_up(timeout_s: float) -> None:
+    log.warning(
+        "not stopped after %.0f s; ending: the heads in Redis say how far we came", timeout_s
+    )
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _wait_for_redis(store: Store, timeout_s: float) -> None:
+    until_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            store.check_server()
+            return
+        except UnavailableError as error:
+            if time.monotonic() > until_s:
+                raise UnavailableError(f"{error}; waited {timeout_s:.0f} s") from error
+            log.warning("%s; trying again", error)
+            time.sleep(0.5)
+
+
+def _claim_namespace(
+    store: Store, serving: ServingSettings, streams: StreamsSettings, topics: TopicsInfo
+) -> None:
+    """Another partition count would look for users where they are not."""
+    found, num = store.read_meta(), topics.clicks_partitions
+    if found is not None and found.partitions not in (0, num):
+        raise ConfigError(
+            f"namespace {serving.namespace!r}: its records are spread over {found.partitions} "
+            f"partitions, topic {streams.clicks_topic!r} has {num}; users would be looked for in "
+            "other partitions: set another AFTERCLICK_SERVING__NAMESPACE, and the retained log is "
+            "folded anew"
+        )
+    store.write_meta(Meta(partitions=num, topic=streams.clicks_topic, k=serving.k))

@@ -1,0 +1,267 @@
+"""The partitions that this worker holds: a task each that takes what waits, folds it and reports.
+
+Knows Faust's consumer only through `Moves`, and the fold's rules not at all: `PartitionFold`
+decides, this
+module waits, retries and runs it in threads. A partition is in one of the states of `State`;
+/readyz shows them.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from afterclick.serving.errors import ContractError, UnavailableError
+from afterclick.streams.gate import Gate
+from afterclick.streams.metrics import Metrics
+from afterclick.streams.partition import Applied, Chunk, LogEdges, PartitionFold
+
+IDLE_CHECK_S = 1.0
+"""How often an idle partition looks whether its head is still the stored one."""
+
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 2.0
+"""Pauses between two tries while Kafka or Redis is away, doubling."""
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Where a partition stands."""
+
+    OPENING = "opening"
+    READY = "ready"
+    WAITING = "waiting"
+    REFUSED = "refused"
+
+
+class Moves(Protocol):
+    """What a partition may ask of the consumer."""
+
+    def seek(self, partition: int, offset: int) -> None: ...  # noqa: D102
+    def pause(self, partition: int) -> None: ...  # noqa: D102
+    def resume(self, partition: int) -> None: ...  # noqa: D102
+    def applied(self, partition: int, position: int) -> None: ...  # noqa: D102
+
+
+class Log(Protocol):
+    """What opening a partition asks of the broker; blocking."""
+
+    def edges(self, partition: int) -> LogEdges: ...  # noqa: D102
+    def crc_at(self, partition: int, offset: int) -> int | None: ...  # noqa: D102
+
+
+class Shared(NamedTuple):
+    """What all partitions of a worker use together."""
+
+    prepared: asyncio.Event
+    """Set once the release is loaded and all items are read."""
+    gate: Gate
+    threads: ThreadPoolExecutor
+    slots: asyncio.Semaphore
+    metrics: Metrics
+    moves: Moves
+    log: Log
+    crash: Callable[[BaseException], Any]
+    records_max: int
+    backlog_max: int
+
+
+class Inbox:
+    """Chunks that wait; consecutive ones are taken as one, so that load makes chunks larger."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._filled = asyncio.Event()
+        self.num_records = 0
+
+    def put(self, chunk: Chunk) -> None:
+        """Add a chunk at the end."""
+        self._chunks.append(chunk)
+        self.num_records += len(chunk.records)
+        self._filled.set()
+
+    def clear(self) -> None:
+        """Drop everything: the consumer goes somewhere else."""
+        self._chunks.clear()
+        self.num_records = 0
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Whether something waits, at the latest after `timeout_s`."""
+        if not self._chunks:
+            self._filled.clear()
+            try:
+                await asyncio.wait_for(self._filled.wait(), timeout_s)
+            except TimeoutError:
+                return False
+        return bool(self._chunks)
+
+    def take(self, records_max: int) -> Chunk | None:
+        """What waits, as one chunk of about `records_max` records at most."""
+        if not self._chunks:
+            return None
+        first = self._chunks.popleft()
+        records, end = list(first.records), first.end
+        while (
+            self._chunks
+            and self._chunks[0].begin == end
+            and len(records) + len(self._chunks[0].records) <= records_max
+        ):
+            following = self._chunks.popleft()
+            records += following.records
+            end = following.end
+        self.num_records -= len(records)
+        return Chunk(first.begin, end, records)
+
+
+class HeldPartition:
+    """One assigned partition."""
+
+    def __init__(self, fold: PartitionFold, shared: Shared) -> None:
+        self.partition = fold.partition
+        self.state = State.OPENING
+        self.why = "not opened yet"
+        self.busy_since_s: float | None = None
+        self._fold = fold
+        self._shared = shared
+        self._inbox = Inbox()
+        self._paused = False
+        self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
+
+    @property
+    def fold(self) -> PartitionFold:
+        """The fold behind this partition."""
+        return self._fold
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Take a chunk from the consumer; never blocks."""
+        if self.state in (State.REFUSED, State.OPENING):
+            return  # opening seeks to the head, so nothing is lost
+        self._inbox.put(chunk)
+        if not self._paused and self._inbox.num_records >= self._shared.backlog_max:
+            self._paused = True
+            self._shared.moves.pause(self.partition)
+
+    async def stop(self) -> None:
+        """Finish the write in hand and stop."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            self.why = "the release is loading and items are being read"
+            await self._shared.prepared.wait()
+            await self._open()
+            while self.state != State.REFUSED:
+                if await self._inbox.wait(IDLE_CHECK_S):
+                    await self._fold_what_waits()
+                else:
+                    await self._look_at_head()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("partition %d: broken", self.partition)
+            await self._shared.crash(error)
+
+    async def _open(self) -> None:
+        def work() -> int:
+            edges = self._shared.log.edges(self.partition)
+            return self._fold.open(
+                edges, lambda offset: self._shared.log.crc_at(self.partition, offset)
+            )
+
+        position = await self._persist(work)
+        if position is None:
+            return
+        self._inbox.clear()
+        self._shared.moves.seek(self.partition, position)
+        self._shared.moves.applied(self.partition, position)
+        self.state, self.why = State.READY, ""
+        log.info("partition %d: goes on at offset %d", self.partition, position)
+
+    async def _fold_what_waits(self) -> None:
+        # A slot first, then what waits by then: while others compute, this chunk grows.
+        async with self._shared.slots, self._shared.gate.shared():
+            chunk = self._inbox.take(self._shared.records_max)
+            if chunk is None:
+                return
+            with self._shared.metrics.chunk_seconds.time():
+                moved = await self._persist(lambda: self._fold.process(chunk))
+        if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
+            self._paused = False
+            self._shared.moves.resume(self.partition)
+        if moved is None:
+            return
+        for applied in moved.applied:
+            self._observe(applied)
+        if moved.applied:
+            self._shared.moves.applied(self.partition, self._fold.position)
+        self._shared.metrics.mismatches.inc(moved.mismatch)
+        if moved.seek is not None:
+            self._go_to(moved.seek)
+        if moved.waiting_for is not None:
+            self.state = State.WAITING
+            self.why = f"the head is on publication {moved.waiting_for}, not loaded here"
+            await asyncio.sleep(RETRY_MIN_S)
+            self._go_to(self._fold.position)
+        elif self.state == State.WAITING:
+            self.state, self.why = State.READY, ""
+
+    async def _look_at_head(self) -> None:
+        elsewhere = await self._persist(self._fold.check)
+        if elsewhere is not None:
+            log.warning("partition %d: the stored head moved to %d", self.partition, elsewhere)
+            self._go_to(elsewhere)
+
+    def _go_to(self, offset: int) -> None:
+        self._shared.metrics.seeks.inc()
+        self._inbox.clear()
+        self._shared.moves.seek(self.partition, offset)
+
+    async def _persist(self, work: Callable[[], Any]) -> Any:
+        """Run blocking work in a thread until Kafka and Redis let it through; None when refused."""
+        loop = asyncio.get_running_loop()
+        pause_s = RETRY_MIN_S
+        while True:
+            self.busy_since_s = time.monotonic()
+            running = loop.run_in_executor(self._shared.threads, work)
+            try:
+                # A cancelled task must not leave a thread writing behind its back.
+                found = await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.gather(running, return_exceptions=True)
+                raise
+            except UnavailableError as error:
+                if self.state == State.READY:
+                    log.warning("partition %d: %s; trying again", self.partition, error)
+                    self.state = State.WAITING
+                self.why = str(error)
+                self.busy_since_s = None
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+                continue
+            except ContractError as error:
+                log.error("partition %d: refused: %s", self.partition, error)
+                self.state, self.why = State.REFUSED, str(error)
+                self.busy_since_s = None
+                return None
+            self.busy_since_s = None
+            if self.state == State.WAITING:
+                self.state, self.why = State.READY, ""
+            return found
+
+    def _observe(self, applied: Applied) -> None:
+        metrics, counts = self._shared.metrics, applied.counts
+        metrics.chunks.inc()
+        metrics.clicks.inc(counts.clicks)
+        metrics.duplicates.inc(counts.duplicates)
+        metrics.steps.inc(counts.steps)
+        metrics.unknown_items.inc(counts.unknown_items)
+        metrics.rebuilt_records.inc(counts.rebuilt)
+        metrics.forgotten.inc(counts.forgotten)
+        metrics.clock_replaced.inc(counts.clocks_replaced)
+        metrics.lists.inc(applied.users)
+        metrics.click_to_list_seconds.observe(max(0.0, time.time() - applied.oldest_ms / 1000))

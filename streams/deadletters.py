@@ -1,0 +1,93 @@
+"""Where records go that broke the contract: `<topic>.dlq`, raw bytes unchanged, the reason in
+headers.
+
+A dead letter is acknowledged by the broker before the offset moves past its record, so none is
+lost; a crash
+between the two writes it again, so one record can have two letters (same topic, partition and
+offset).
+"""
+
+import hashlib
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, MessageSizeTooLargeError
+
+from afterclick.serving.errors import UnavailableError
+from afterclick.streams.admin import client_config, dead_letters_topic
+from afterclick.streams.partition import DeadLetter
+from afterclick.streams.settings import StreamsSettings
+
+ACK_TIMEOUT_S = 30.0
+VALUE_BYTES_MAX = 64 << 20
+"""Largest value that is sent on; the broker's own limit is usually far below."""
+
+
+class DeadLetters:
+    """Producer of dead letters; connects at the first one."""
+
+    def __init__(self, settings: StreamsSettings) -> None:
+        self._settings = settings
+        self._producer: Any = None
+
+    def send(self, topic: str, partition: int, letters: list[DeadLetter]) -> None:
+        """Write letters and wait until the broker has them.
+
+        Args:
+            topic: the source topic.
+            partition: the source partition.
+            letters: in log order.
+
+        Raises:
+            UnavailableError: the broker did not take them; nothing may be committed past them.
+        """
+        try:
+            pending = [
+                self._post(topic, partition, letter, letter.record.value) for letter in letters
+            ]
+            for letter, future in zip(letters, pending, strict=True):
+                try:
+                    future.get(timeout=ACK_TIMEOUT_S)
+                except MessageSizeTooLargeError:
+                    # The broker takes no value of this size here: name the original instead.
+                    self._post(topic, partition, letter, None).get(timeout=ACK_TIMEOUT_S)
+        except KafkaError as error:
+            raise UnavailableError(
+                f"Kafka at {self._settings.broker}: dead letters of {topic}/{partition}: {error!r}"
+            ) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._producer is not None:
+            self._producer.close(timeout=5)
+
+    def _post(self, topic: str, partition: int, letter: DeadLetter, value: bytes | None) -> Any:
+        if self._producer is None:
+            self._producer = KafkaProducer(
+                **client_config(self._settings),
+                acks="all",
+                max_request_size=VALUE_BYTES_MAX,
+                compression_type=None,
+            )
+        record = letter.record
+        headers = [
+            *record.headers,
+            ("afterclick.reason", letter.reason.encode()),
+            ("afterclick.message", letter.message.encode()),
+            ("afterclick.topic", topic.encode()),
+            ("afterclick.partition", str(partition).encode()),
+            ("afterclick.offset", str(record.offset).encode()),
+            ("afterclick.stage", b"decode"),
+        ]
+        if value is None and record.value is not None:
+            digest = hashlib.sha256(record.value).hexdigest()
+            headers.append(("afterclick.omitted_bytes", str(len(record.value)).encode()))
+            headers.append(("afterclick.omitted_sha256", digest.encode()))
+        try:
+            return self._producer.send(
+                dead_letters_topic(topic), key=record.key, value=value, headers=headers
+            )
+        except MessageSizeTooLargeError:
+            if value is None:
+                raise
+            return self._post(topic, partition, letter, None)

@@ -1,0 +1,140 @@
+"""Reading a topic outside the consumer group: a range of one partition, its edges, or its tail.
+
+kafka-python, by hand-assigned partitions, used from threads: the worker reads items and one record
+again at
+an assignment, `verify` and the trainer read clicks. Only committed records are seen.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from afterclick.serving.errors import UnavailableError
+from afterclick.streams.admin import client_config
+from afterclick.streams.partition import Record
+from afterclick.streams.settings import StreamsSettings
+
+STALL_S = 30.0
+"""A read that gets nothing for so long gives up."""
+
+POLL_MS = 200
+
+
+class LogReader:
+    """One connection to the log; its calls exclude each other."""
+
+    def __init__(self, settings: StreamsSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._opened: Any = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+
+    def num_partitions(self, topic: str) -> int:
+        """Partitions of a topic, 0 where it does not exist."""
+        with self._lock:
+            return len(self._guard(lambda: self._consumer().partitions_for_topic(topic)) or ())
+
+    def edges(self, topic: str, partition: int) -> tuple[int, int]:
+        """First offset that is still there, and the offset after the last committed record."""
+        tp = TopicPartition(topic, partition)
+        with self._lock:
+            start = self._guard(lambda: self._consumer().beginning_offsets([tp]))[tp]
+            end = self._guard(lambda: self._consumer().end_offsets([tp]))[tp]
+        return int(start), int(end)
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
+        """Records with start ≤ offset < stop, in batches as they come; gaps are passed over.
+
+        Raises:
+            UnavailableError: nothing came for `STALL_S`.
+        """
+        if start >= stop:
+            return
+        tp = TopicPartition(topic, partition)
+        with self._lock:
+            consumer = self._guard(self._consumer)
+            self._guard(lambda: consumer.assign([tp]))
+            self._guard(lambda: consumer.seek(tp, start))
+            until_s = time.monotonic() + STALL_S
+            while self._guard(lambda: consumer.position(tp)) < stop:
+                found = self._guard(lambda: consumer.poll(POLL_MS, max_records=5000)).get(tp, [])
+                records = [_record(record) for record in found if record.offset < stop]
+                if records:
+                    until_s = time.monotonic() + STALL_S
+                    yield records
+                elif time.monotonic() > until_s:
+                    raise UnavailableError(
+                        f"Kafka at {self._settings.broker}: {topic}/{partition}: no record below "
+                        f"{stop} came for {STALL_S:.0f} s, read up to {consumer.position(tp)}"
+                    )
+                if found and found[-1].offset >= stop:
+                    return
+
+    def at(self, topic: str, partition: int, offset: int) -> Record | None:
+        """One record, None where it is gone."""
+        for records in self.read(topic, partition, offset, offset + 1):
+            return records[0] if records[0].offset == offset else None
+        return None
+
+    def _consumer(self) -> Any:
+        if self._opened is None:
+            self._opened = new_consumer(self._settings)
+        return self._opened
+
+    def _guard(self, action: Any) -> Any:
+        return _guarded(self._settings, action)
+
+
+class Tail:
+    """Everything of one topic, from given offsets on, as it comes."""
+
+    def __init__(self, settings: StreamsSettings, topic: str, positions: list[int]) -> None:
+        self._settings = settings
+        self._consumer = _guarded(settings, lambda: new_consumer(settings))
+        tps = [TopicPartition(topic, partition) for partition in range(len(positions))]
+        self._consumer.assign(tps)
+        for tp, offset in zip(tps, positions, strict=True):
+            self._consumer.seek(tp, offset)
+
+    def poll(self) -> list[tuple[int, Record]]:
+        """Partition and record of what came within `POLL_MS`."""
+        found = _guarded(self._settings, lambda: self._consumer.poll(POLL_MS))
+        return [(tp.partition, _record(r)) for tp, records in found.items() for r in records]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+
+def new_consumer(settings: StreamsSettings) -> Any:
+    """A kafka-python consumer outside any group that commits nothing."""
+    return KafkaConsumer(
+        **client_config(settings),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=8 << 20,
+    )
+
+
+def _guarded(settings: StreamsSettings, action: Any) -> Any:
+    try:
+        return action()
+    except KafkaError as error:
+        raise UnavailableError(f"Kafka at {settings.broker}: {error}") from error
+
+
+def _record(record: Any) -> Record:
+    return Record(
+        record.offset, record.timestamp, record.key, record.value, tuple(record.headers or ())
+    )
