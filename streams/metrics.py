@@ -46,11 +46,11 @@ class Metrics:
             "unknown_items_total", "Clicks on items that the catalogue does not know."
         )
         self.forgotten = counter("forgotten_total", "Users emptied by a forget event.")
-        self.steps = counter("steps_total", "Model steps, those of rebuilds included.")
+        self.steps = counter("steps_total", "Model steps of clicks.")
         self.rebuilt_records = counter(
             "rebuilt_records_total", "Records rebuilt from their history for another release."
         )
-        self.lists = counter("lists_total", "Lists written.")
+        self.lists = counter("lists_total", "Users written, their lists with them.")
         self.chunks = counter("chunks_total", "Writes that went through, one script each.")
         self.mismatches = counter(
             "mismatches_total", "Writes refused because Redis held another head."

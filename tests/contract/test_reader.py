@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -213,6 +214,23 @@ def test_a_foreign_value_under_the_key_is_named(
 
     with pytest.raises(ContractError, match=f"{namespace}:top:u"):
         ask(redis_url, "get", "u", namespace=namespace)
+
+
+def test_the_documented_example_runs(
+    redis_url: str, server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first thing anyone does is copy it."""
+    page = Path(__file__).parents[2] / "docs" / "contracts.md"
+    example = page.read_text().partition("```python\n")[2].partition("```")[0]
+    assert '"redis://127.0.0.1:6379/0"' in example
+    server.set("afterclick:top:u17", a_list("a"))
+    try:
+        names: dict[str, Any] = {}
+        exec(example.replace("redis://127.0.0.1:6379/0", redis_url), names)  # noqa: S102
+    finally:
+        server.delete("afterclick:top:u17")
+
+    assert names["answer"].items == ["a"]
 
 
 def test_the_async_reader_has_the_methods_of_the_sync_one() -> None:
