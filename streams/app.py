@@ -327,6 +327,7 @@ def build_app(worker: Worker) -> faust.App:
         consumer_max_fetch_size=8 << 20,
     )
     ChunkConsumer.records_max = streams.chunk_records_max
+    ChunkConsumer.fetch_wait_ms = streams.fetch_wait_ms
     topic = app.topic(streams.clicks_topic, schema=ChunkSchema())
 
     async def fold_clicks(stream: Any) -> None:

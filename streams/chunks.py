@@ -48,6 +48,7 @@ class CommittedConsumerThread(AIOKafkaConsumerThread):
         # Faust ties this to its own exactly-once mode, which we don't use; without it the events of
         # a producer's aborted transaction would be folded.
         consumer._isolation_level = "read_committed"
+        consumer._fetch_max_wait_ms = ChunkConsumer.fetch_wait_ms  # Faust fixes it at 1.5 s
         return consumer
 
 
@@ -56,6 +57,9 @@ class ChunkConsumer(Consumer):
 
     records_max = 1024
     """Records of one delivered chunk."""
+
+    fetch_wait_ms = 20
+    """Longest time the broker holds an empty fetch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -42,6 +42,11 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     backlog_records_max: Annotated[int, Meta(ge=1)] = 8192
     """Records of one partition held in memory before fetching pauses."""
 
+    fetch_wait_ms: Annotated[int, Meta(ge=1, le=5000)] = 20
+    """Longest time the broker holds an empty fetch. Kafka answers a click at once whatever this
+    says; the local broker `tansu` looks for new records about four times within it.
+    """
+
     fold_threads: Annotated[int, Meta(ge=1, le=64)] = 2
     """Partitions folded at the same time: one computes while another decodes or waits for Redis."""
 
