@@ -1,0 +1,129 @@
+"""Real servers for the tests, and the rules that hold for all of them.
+
+`broker` is tansu unless `--broker kafka` asks for Apache Kafka 4: then exactly the tests that use a
+broker run, on Kafka. Both servers live for the whole run, so a test takes topics and a namespace of
+its own; one that stops or kills a server starts its own with `afterclick.streams.local`.
+"""
+
+import os
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from afterclick.streams.admin import create_topics
+from afterclick.streams.local import Redis, Server, local_broker, local_kafka, local_redis
+from afterclick.streams.settings import StreamsSettings
+
+ROOT = Path(__file__).parents[1]
+
+NEVER_SKIPPED_IN_CI = ("service", "kafka", "realdata", "demo")
+"""What these need is there in CI, or CI must say that it is not."""
+
+BROKER_FIXTURES = {"broker", "broker_address", "topics"}
+
+# Two cores, and results that do not depend on how many: numpy's and torch's pools read this when
+# they are first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--broker",
+        choices=("tansu", "kafka"),
+        default="tansu",
+        help="kafka: run the tests that use a broker, and only those, on Apache Kafka 4",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What a developer's shell tells Afterclick is not part of a test."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("AFTERCLICK_SERVING__", "AFTERCLICK_STREAMS__", "AFTERCLICK_TRAINING__")
+        ):
+            del os.environ[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`kafka` tests run on Kafka only; with `--broker kafka` nothing else does."""
+    on_kafka = config.getoption("broker") == "kafka"
+    kept, left_out = [], []
+    for item in items:
+        uses_broker = bool(BROKER_FIXTURES & set(getattr(item, "fixturenames", ())))
+        needs_kafka = item.get_closest_marker("kafka") is not None
+        runs = needs_kafka or uses_broker if on_kafka else not needs_kafka
+        (kept if runs else left_out).append(item)
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A service test that is skipped in CI promises what nobody checked: it fails instead."""
+    report = yield
+    named = [name for name in NEVER_SKIPPED_IN_CI if item.get_closest_marker(name)]
+    if report.skipped and not hasattr(report, "wasxfail") and named and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, which a {named[0]} test may not be: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def broker(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The run's broker, tansu or Kafka."""
+    folder = tmp_path_factory.mktemp("broker")
+    if request.config.getoption("broker") == "kafka":
+        with local_kafka(folder, cache=ROOT / ".cache" / "kafka") as server:
+            yield server
+    else:
+        with local_broker(folder) as server:
+            yield server
+
+
+@pytest.fixture
+def broker_address(broker: Server) -> str:
+    """`host:port` of the run's broker."""
+    return broker.address
+
+
+@pytest.fixture
+def topics(broker_address: str, request: pytest.FixtureRequest) -> StreamsSettings:
+    """Fresh topics: 2 partitions of clicks, 1 of items; `parametrize(..., indirect=True)` takes
+    (clicks, items) for other counts. The group is fresh too.
+    """
+    partitions, item_partitions = getattr(request, "param", (2, 1))
+    name = uuid.uuid4().hex[:8]
+    settings = StreamsSettings(
+        broker=broker_address,
+        clicks_topic=f"clicks-{name}",
+        items_topic=f"items-{name}",
+        group=f"group-{name}",
+    )
+    create_topics(settings, partitions=partitions, replication=1, item_partitions=item_partitions)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """The run's Redis."""
+    with local_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: Redis) -> str:
+    """URL of the run's Redis; keys of other tests are there under their namespaces."""
+    return redis_server.url
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"t{uuid.uuid4().hex[:12]}"
