@@ -60,6 +60,26 @@ def pick(
     return Ranked(ids[:want], scores[:want])
 
 
+def pick_plain(
+    scores_BK: F32, rows_BK: I64, ids_N: npt.NDArray[np.object_], *, want: int
+) -> list[Ranked | None]:
+    """`pick` for many users at once where there is nothing to decide.
+
+    Returns:
+        Per user the list; None for one with ties, masked rows or too few rows, whom `pick` must see.
+    """
+    if scores_BK.shape[1] <= want:
+        return [None] * len(scores_BK)
+    near = scores_BK[:, : want + 1]
+    plain = (near[:, 1:] < near[:, :-1]).all(axis=1) & (near[:, -1] > MASKED / 2)
+    ids = ids_N[rows_BK[:, :want]].tolist()
+    scores = near[:, :want].tolist()
+    return [
+        Ranked(own, values) if fine else None
+        for own, values, fine in zip(ids, scores, plain.tolist(), strict=True)
+    ]
+
+
 def rank_all(
     scores_N: F32, ids_N: npt.NDArray[np.object_], *, want: int, drop: Container[str] = ()
 ) -> Ranked:

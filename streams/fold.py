@@ -20,7 +20,7 @@ import numpy as np
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
-from afterclick.serving.ranking import Ranked, pick, rank_all
+from afterclick.serving.ranking import Ranked, pick, pick_plain, rank_all
 from afterclick.serving.records import (
     INTERACTION_BYTES,
     Interaction,
@@ -38,6 +38,8 @@ from afterclick.streams.events import FoldEvent
 from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
+SCORE_DECIMALS = 4
+"""Scores in lists are for people; the order was decided before they are rounded."""
 SCAN_USERS_MAX = 256
 """Users scored in one call: the score matrix of 256 × 20,000 float32 is 20 MB."""
 
@@ -190,9 +192,11 @@ def rank_states(
         fetch = want + 1 + max((len(drop) for drop in drops), default=0)
         scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
         complete = scores_BK.shape[1] == release.scanner.num_rows
+        plain = pick_plain(scores_BK, rows_BK, release.catalog.ids_N, want=want)
         for at in range(len(q_BD)):
             drop = drops[at] if drops else frozenset()
-            found = pick(
+            found = plain[at] if not drop else None
+            found = found or pick(
                 scores_BK[at],
                 rows_BK[at],
                 release.catalog.ids_N,
@@ -386,7 +390,7 @@ def _finish(
         lists[user_id] = encode_list(
             TopList(
                 items=ranked.items,
-                scores=[round(score, 4) for score in ranked.scores],
+                scores=np.round(np.array(ranked.scores), SCORE_DECIMALS).tolist(),
                 source="popularity" if release is None else "model",
                 release=inputs.release,
                 publication=inputs.publication,
