@@ -7,7 +7,7 @@ import uuid
 from contextlib import closing
 
 import pytest
-from kafka.admin import KafkaAdminClient
+from kafka.admin import ConfigResource, KafkaAdminClient
 
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.streams.admin import (
@@ -27,6 +27,20 @@ def settings(broker_address: str) -> StreamsSettings:
     return StreamsSettings(
         broker=broker_address, clicks_topic=f"clicks-{name}", items_topic=f"items-{name}"
     )
+
+
+def _configure(settings: StreamsSettings, topic: str, config: dict[str, str]) -> None:
+    """Set a topic's configuration and wait until the broker tells it."""
+    resource = ConfigResource("TOPIC", topic, config)
+    with closing(KafkaAdminClient(**client_config(settings))) as admin:
+        admin.alter_configs([resource])
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s:
+            found = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")
+            told = found["topic"][topic]
+            if all(told[name]["value"] == value for name, value in config.items()):
+                return
+    raise AssertionError(f"{topic}: {config} did not arrive")
 
 
 def test_created_topics_pass_the_check(settings: StreamsSettings) -> None:
@@ -81,6 +95,39 @@ def test_a_recreated_topic_has_another_id(settings: StreamsSettings) -> None:
     assert check_topics(settings).clicks_id != before.clicks_id
 
 
+@pytest.mark.kafka
+def test_a_compacted_log_is_refused_with_the_command_that_mends_it(
+    settings: StreamsSettings,
+) -> None:
+    """Compaction removes records that a replay needs; tansu tells no configuration."""
+    create_topics(settings, partitions=1, replication=1)
+    for topic in (settings.clicks_topic, settings.items_topic):
+        _configure(settings, topic, {"cleanup.policy": "compact,delete"})
+        with pytest.raises(ConfigError, match=f"{topic}.*compact,delete.*kafka-configs.sh"):
+            check_topics(settings)
+        _configure(settings, topic, {"cleanup.policy": "delete"})
+    check_topics(settings)
+
+
+@pytest.mark.kafka
+def test_items_that_expire_are_a_note_and_no_refusal(settings: StreamsSettings) -> None:
+    """A catalogue that lives in releases works all the same, but someone should know."""
+    create_topics(settings, partitions=1, replication=1)
+    assert check_topics(settings).notes == []
+
+    _configure(settings, settings.items_topic, {"retention.ms": "3600000"})
+    (note,) = check_topics(settings).notes
+
+    assert f"topic '{settings.items_topic}' has retention.ms=3600000" in note
+
+
+@pytest.mark.kafka
+def test_more_copies_than_brokers_is_a_config_error(settings: StreamsSettings) -> None:
+    """The broker's own words, with the address; no traceback."""
+    with pytest.raises(ConfigError, match="InvalidReplicationFactorError"):
+        create_topics(settings, partitions=1, replication=3)
+
+
 def test_a_broker_that_is_away_is_named_in_time() -> None:
     """An operator must see which address was tried, not a client's retry log."""
     with closing(socket.socket()) as probe:
@@ -104,11 +151,11 @@ def test_any_one_of_several_brokers_is_enough(broker_address: str) -> None:
     wait_for_broker(StreamsSettings(broker=f"{dead}, {broker_address}"), 10)
 
 
-@pytest.mark.parametrize("broker", ["", "host:port", "host:0", "host:9092,", ":9092", "h:99999"])
-def test_a_malformed_address_is_a_config_error(broker: str) -> None:
+@pytest.mark.parametrize("address", ["", "host:port", "host:0", "host:9092,", ":9092", "h:99999"])
+def test_a_malformed_address_is_a_config_error(address: str) -> None:
     """Waiting a minute for an address that cannot exist helps nobody."""
     with pytest.raises(ConfigError, match="AFTERCLICK_STREAMS__BROKER: expected host:port"):
-        wait_for_broker(StreamsSettings(broker=broker), 60)
+        wait_for_broker(StreamsSettings(broker=address), 60)
 
 
 def test_addresses_of_all_forms_are_understood() -> None:

@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -47,11 +46,6 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 def server(redis_url: str) -> Iterator["redis.Redis[bytes]"]:
     with redis.Redis.from_url(redis_url) as client:
         yield client
-
-
-@pytest.fixture
-def namespace() -> str:
-    return f"t{uuid.uuid4().hex[:12]}"
 
 
 def a_list(*items: str, written_ms: int = 0) -> bytes:
@@ -216,9 +210,7 @@ def test_a_foreign_value_under_the_key_is_named(
         ask(redis_url, "get", "u", namespace=namespace)
 
 
-def test_the_documented_example_runs(
-    redis_url: str, server: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_documented_example_runs(redis_url: str, server: Any) -> None:
     """The first thing anyone does is copy it."""
     page = Path(__file__).parents[2] / "docs" / "contracts.md"
     example = page.read_text().partition("```python\n")[2].partition("```")[0]
