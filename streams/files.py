@@ -1,0 +1,423 @@
+"""Click logs and catalogues in files: CSV, Parquet or JSON lines in, tables and items out.
+
+Everything runs in Arrow, nothing per row in Python. Ids are text always, whatever the file's type.
+Knows no Kafka and no training: replay, the trainer and the demo all read files through here.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afterclick.serving.errors import AfterclickError, ConfigError, ContractError
+from afterclick.streams.events import NO_ITEM_EVENTS, Item
+
+USER_NAMES = ("user_id", "session_id")
+ITEM_NAMES = ("item_id",)
+TIME_NAMES = ("timestamp_ms", "timestamp")
+PUBLISHED_NAMES = ("published_ms", "published_at")
+CATEGORY_NAMES = ("categories", "genres")
+
+ID_LENGTH_MAX = 512
+"""Letters of an id, as `events.Id` has it."""
+
+TIME_MS_MAX = 1 << 53
+"""As `events.Click` has it; beyond, JSON readers lose digits."""
+
+SECONDS_MAX = 100_000_000_000
+"""A larger number of unix seconds is past the year 5000: it is milliseconds, or not a time."""
+
+BLOCK_BYTES = 16 << 20
+"""One JSON line must fit in a block; items carry texts up to 64 KiB."""
+
+CLICKS_SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("timestamp_ms", pa.int64()),
+        ("event", pa.string()),
+        ("event_id", pa.string()),
+    ]
+)
+
+TimeUnit = Literal["auto", "s", "ms"]
+
+
+class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a file keeps what; empty means the usual names, and a name given must be there."""
+
+    user: str = ""
+    """Usually `user_id`, else `session_id`."""
+    item: str = ""
+    """Usually `item_id`."""
+    time: str = ""
+    """Usually `timestamp_ms`, else `timestamp`; a file without times keeps its order."""
+    event: str = ""
+    """Usually `event`; without one every row is a `click`."""
+    event_id: str = ""
+    """Usually `event_id`, may be missing."""
+    time_unit: TimeUnit = "auto"
+    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds."""
+
+
+class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a catalogue file keeps what; empty means the usual names, only the id must exist."""
+
+    item: str = ""
+    """Usually `item_id`."""
+    title: str = ""
+    """Usually `title`."""
+    text: str = ""
+    """Usually `text`, else `description`."""
+    categories: str = ""
+    """Usually `categories`, else `genres`: lists, or text split on `|`."""
+    published: str = ""
+    """Usually `published_ms`, else `published_at`."""
+    available: str = ""
+    """Usually `available`: true/false or 1/0; without one everything is."""
+    time_unit: TimeUnit = "auto"
+    """Of numbers in the column of publication, as in `ClickColumns`."""
+
+
+def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
+    """Read a log of clicks, oldest first.
+
+    Returns:
+        Table of `CLICKS_SCHEMA`: user_id, item_id and event are text and never null, timestamp_ms
+        (unix milliseconds) and event_id may be. Rows with a time are sorted by it, equal times in
+        file order; rows without one come last.
+
+    Raises:
+        ConfigError: the file or a column is missing, or its kind is not known.
+        ContractError: a value is not what its column promises; names file, row and value.
+    """
+    columns = columns or ClickColumns()
+    names = _names(path)
+    user = _pick(path, names, columns.user, USER_NAMES, "--user-column", required=True)
+    item = _pick(path, names, columns.item, ITEM_NAMES, "--item-column", required=True)
+    time = _pick(path, names, columns.time, TIME_NAMES, "--time-column")
+    event = _pick(path, names, columns.event, ("event",), "--event-column")
+    event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
+    table = _read(path, [name for name in (user, item, time, event, event_id) if name])
+    rows = table.num_rows
+    event_N = _text(path, table, event) if event else pa.nulls(rows, pa.string())
+    event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
+    id_N = _text(path, table, event_id) if event_id else pa.nulls(rows, pa.string())
+    no_item_N = pc.is_in(event_N, value_set=pa.array(sorted(NO_ITEM_EVENTS)))
+    clicks = pa.table(
+        [
+            _ids(path, table, user),
+            _ids(path, table, item, may_lack_N=no_item_N),
+            _times(path, table, time, columns.time_unit) if time else pa.nulls(rows, pa.int64()),
+            event_N,
+            pc.if_else(pc.equal(id_N, ""), None, id_N),
+        ],
+        schema=CLICKS_SCHEMA,
+    )
+    if time:
+        clicks = clicks.take(pc.sort_indices(clicks, sort_keys=[("timestamp_ms", "ascending")]))
+    return clicks.combine_chunks()
+
+
+def read_items(path: Path, columns: ItemColumns | None = None) -> list[Item]:
+    """Read a catalogue in file order; an id that comes twice is two versions of one item.
+
+    Raises:
+        ConfigError: the file or a named column is missing, or its kind is not known.
+        ContractError: a value is not what its column promises; names file, row and value.
+    """
+    columns = columns or ItemColumns()
+    names = _names(path)
+    item = _pick(path, names, columns.item, ITEM_NAMES, "--items-id-column", required=True)
+    title = _pick(path, names, columns.title, ("title",), "--title-column")
+    text = _pick(path, names, columns.text, ("text", "description"), "--text-column")
+    tags = _pick(path, names, columns.categories, CATEGORY_NAMES, "--categories-column")
+    born = _pick(path, names, columns.published, PUBLISHED_NAMES, "--published-column")
+    there = _pick(path, names, columns.available, ("available",), "--available-column")
+    table = _read(path, [name for name in (item, title, text, tags, born, there) if name])
+    parts = {"item_id": _ids(path, table, item)}
+    if title:
+        parts["title"] = pc.fill_null(_text(path, table, title), "")
+    if text:
+        parts["text"] = pc.fill_null(_text(path, table, text), "")
+    if tags:
+        parts["categories"] = _lists(path, table, tags)
+    if born:
+        parts["published_ms"] = _times(path, table, born, columns.time_unit)
+    if there:
+        parts["available"] = _flags(path, table, there)
+    rows = pa.table(parts).to_pylist()
+    try:
+        return msgspec.convert(rows, list[Item])
+    except msgspec.ValidationError as error:
+        raise ContractError(f"{path}: rows count from 0: {error}", reason="schema") from error
+
+
+def add_click_columns(parser: argparse.ArgumentParser) -> None:
+    """Options that name the columns of a file of clicks."""
+    group = parser.add_argument_group("columns of the clicks file")
+    group.add_argument("--user-column", default="", help="default: user_id, else session_id")
+    group.add_argument("--item-column", default="", help="default: item_id")
+    group.add_argument("--time-column", default="", help="default: timestamp_ms, else timestamp")
+    group.add_argument("--event-column", default="", help="default: event, may be missing")
+    group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
+    group.add_argument(
+        "--time-unit",
+        choices=("auto", "s", "ms"),
+        default="auto",
+        help="unit of numbers; auto: ms for a column named *_ms, else s",
+    )
+
+
+def click_columns(options: argparse.Namespace) -> ClickColumns:
+    """What `add_click_columns` parsed."""
+    return ClickColumns(
+        user=options.user_column,
+        item=options.item_column,
+        time=options.time_column,
+        event=options.event_column,
+        event_id=options.event_id_column,
+        time_unit=options.time_unit,
+    )
+
+
+def add_item_columns(parser: argparse.ArgumentParser) -> None:
+    """Options that name the columns of a catalogue file."""
+    group = parser.add_argument_group("columns of the items file")
+    group.add_argument("--items-id-column", default="", help="default: item_id")
+    group.add_argument("--title-column", default="", help="default: title")
+    group.add_argument("--text-column", default="", help="default: text, else description")
+    group.add_argument(
+        "--categories-column", default="", help="default: categories, else genres; split on |"
+    )
+    group.add_argument(
+        "--published-column", default="", help="default: published_ms, else published_at"
+    )
+    group.add_argument("--available-column", default="", help="default: available")
+
+
+def item_columns(options: argparse.Namespace) -> ItemColumns:
+    """What `add_item_columns` parsed."""
+    return ItemColumns(
+        item=options.items_id_column,
+        title=options.title_column,
+        text=options.text_column,
+        categories=options.categories_column,
+        published=options.published_column,
+        available=options.available_column,
+    )
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".bz2", ".zst", ".lz4"):
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    if last in (".csv", ".tsv"):
+        return last[1:]
+    if last in (".parquet", ".pq"):
+        return "parquet"
+    if last in (".jsonl", ".ndjson", ".json"):
+        return "json"
+    raise ConfigError(
+        f"{path}: expected a file named *.csv, *.tsv, *.jsonl (each also .gz) or *.parquet"
+    )
+
+
+def _names(path: Path) -> list[str]:
+    """Column names, read from the head of the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    kind = _kind(path)
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_schema(path).names)
+        if kind == "json":
+            return list(_read_json(path).schema.names)
+        import pyarrow.csv as pacsv
+
+        with pa.input_stream(str(path), compression="detect") as stream:
+            options = _csv_options(kind, None)
+            with pacsv.open_csv(stream, **options) as reader:
+                return list(reader.schema.names)
+    except (pa.ArrowInvalid, OSError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    kind = _kind(path)
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(path, columns=list(columns)).combine_chunks()
+        if kind == "json":
+            return _read_json(path).select(list(columns)).combine_chunks()
+        import pyarrow.csv as pacsv
+
+        with pa.input_stream(str(path), compression="detect") as stream:
+            return pacsv.read_csv(stream, **_csv_options(kind, columns)).combine_chunks()
+    except (pa.ArrowInvalid, OSError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_json(path: Path) -> pa.Table:
+    import pyarrow.json as pajson
+
+    with pa.input_stream(str(path), compression="detect") as stream:
+        return pajson.read_json(stream, read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
+
+
+def _csv_options(kind: str, columns: Sequence[str] | None) -> dict[str, Any]:
+    """All columns as text: a type guessed from the first block fails on the second."""
+    import pyarrow.csv as pacsv
+
+    chosen = {} if columns is None else {"include_columns": list(columns)}
+    return {
+        "parse_options": pacsv.ParseOptions(
+            delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True
+        ),
+        "convert_options": pacsv.ConvertOptions(
+            column_types=dict.fromkeys(columns or (), pa.string()), **chosen
+        ),
+    }
+
+
+def _unreadable(path: Path, error: Exception) -> AfterclickError:
+    return ContractError(f"{path}: cannot be read as {_kind(path)}: {error}", reason="file")
+
+
+def _pick(
+    path: Path,
+    names: Sequence[str],
+    given: str,
+    usual: Sequence[str],
+    option: str,
+    *,
+    required: bool = False,
+) -> str:
+    """The column to read, "" where an optional one is missing."""
+    for name in (given,) if given else usual:
+        if name in names:
+            return name
+    if given or required:
+        wanted = given or " or ".join(usual)
+        raise ConfigError(
+            f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}"
+        )
+    return ""
+
+
+def _text(path: Path, table: pa.Table, name: str) -> pa.Array:
+    column = _column(table, name)
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_null(kind) or pa.types.is_integer(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.string())
+    if not pa.types.is_string(kind):
+        raise ContractError(
+            f"{path}: column {name}: expected text or whole numbers, got {kind}", reason="file"
+        )
+    return column
+
+
+def _ids(path: Path, table: pa.Table, name: str, may_lack_N: pa.Array | None = None) -> pa.Array:
+    ids_N = pc.fill_null(_text(path, table, name), "")
+    length_N = pc.utf8_length(ids_N)
+    lacks_N = pc.equal(length_N, 0)
+    if may_lack_N is not None:
+        lacks_N = pc.and_(lacks_N, pc.invert(may_lack_N))
+    _refuse(path, name, "an id", ids_N, lacks_N)
+    _refuse(
+        path, name, f"at most {ID_LENGTH_MAX} letters", ids_N, pc.greater(length_N, ID_LENGTH_MAX)
+    )
+    return ids_N
+
+
+def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
+    """Unix milliseconds from numbers in seconds or milliseconds, or from dates (UTC)."""
+    column = _column(table, name)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = _parsed(path, name, column)
+    if pa.types.is_null(column.type):
+        return column.cast(pa.int64())
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        return column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise ContractError(
+            f"{path}: column {name}: expected unix times or dates, got {column.type}",
+            reason="file",
+        )
+    in_ms = unit == "ms" or (unit == "auto" and name.endswith("_ms"))
+    highest = TIME_MS_MAX if in_ms else SECONDS_MAX
+    expected = "unix milliseconds" if in_ms else "unix seconds (--time-unit ms if it is those)"
+    fine_N = pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, highest))
+    _refuse(path, name, expected, column, pc.invert(fine_N))
+    if pa.types.is_floating(column.type):
+        factor = 1.0 if in_ms else 1000.0
+        return pc.round(pc.multiply(column.cast(pa.float64()), factor)).cast(pa.int64())
+    return pc.multiply(column.cast(pa.int64()), 1 if in_ms else 1000)
+
+
+def _parsed(path: Path, name: str, text_N: pa.Array) -> pa.Array:
+    text_N = pc.if_else(pc.equal(text_N, ""), None, text_N)
+    for kind in (pa.int64(), pa.float64(), pa.timestamp("ms"), pa.timestamp("ms", "UTC")):
+        try:
+            return text_N.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    number = r"^[0-9]+(\.[0-9]*)?$"
+    _refuse(
+        path,
+        name,
+        "unix times (or every row a date)",
+        text_N,
+        pc.invert(pc.match_substring_regex(text_N, number)),
+    )
+    raise ContractError(f"{path}: column {name}: mixes numbers and dates", reason="file")
+
+
+def _lists(path: Path, table: pa.Table, name: str) -> pa.Array:
+    column = _column(table, name)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return pc.fill_null(column.cast(pa.list_(pa.string())), [])
+    text_N = pc.fill_null(_text(path, table, name), "")
+    return pc.if_else(
+        pc.equal(text_N, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(text_N, "|")
+    )
+
+
+def _flags(path: Path, table: pa.Table, name: str) -> pa.Array:
+    column = _column(table, name)
+    if not pa.types.is_boolean(column.type):
+        text_N = pc.utf8_lower(_text(path, table, name))
+        text_N = pc.if_else(pc.equal(text_N, ""), None, text_N)
+        yes_N = pc.is_in(text_N, value_set=pa.array(["1", "true", "yes"]))
+        no_N = pc.is_in(text_N, value_set=pa.array(["0", "false", "no"]))
+        bad_N = pc.invert(pc.or_(pc.or_(yes_N, no_N), pc.is_null(text_N)))
+        _refuse(path, name, "true or false", text_N, bad_N)
+        column = pc.if_else(pc.is_null(text_N), None, yes_N)
+    return pc.fill_null(column, True)
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name).combine_chunks()
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _refuse(path: Path, name: str, expected: str, values_N: pa.Array, bad_N: pa.Array) -> None:
+    """Raise for the first row that is bad, by number and value."""
+    row = pc.index(pc.fill_null(bad_N, False), True).as_py()
+    if row >= 0:
+        value = str(values_N[row].as_py())[:64]
+        raise ContractError(
+            f"{path}: row {row + 1}, column {name}: expected {expected}, got {value!r}",
+            reason="file",
+        )

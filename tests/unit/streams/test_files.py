@@ -1,0 +1,308 @@
+"""Files in, tables and items out: every kind of file, every kind of bad row, and the real data."""
+
+import argparse
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.streams.events import Item
+from afterclick.streams.files import (
+    CLICKS_SCHEMA,
+    ClickColumns,
+    ItemColumns,
+    add_click_columns,
+    add_item_columns,
+    click_columns,
+    item_columns,
+    read_clicks,
+    read_items,
+)
+
+ROWS = [
+    {"user_id": "7", "item_id": "b", "timestamp": 1400000002},
+    {"user_id": "7", "item_id": "a", "timestamp": 1400000001},
+    {"user_id": "07", "item_id": "c", "timestamp": 1400000002},
+]
+EXPECTED = [("7", "a", 1400000001000), ("7", "b", 1400000002000), ("07", "c", 1400000002000)]
+
+
+def write(path: Path, text: str) -> Path:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def as_csv(folder: Path) -> Path:
+    lines = [",".join(map(str, row.values())) for row in ROWS]
+    return write(folder / "log.csv", "\n".join(["user_id,item_id,timestamp", *lines]))
+
+
+def as_gzip(folder: Path) -> Path:
+    return write(folder / "log.csv.gz", as_csv(folder).read_text())
+
+
+def as_tsv(folder: Path) -> Path:
+    return write(folder / "log.tsv", as_csv(folder).read_text().replace(",", "\t"))
+
+
+def as_json_lines(folder: Path) -> Path:
+    return write(folder / "log.jsonl", "\n".join(json.dumps(row) for row in ROWS))
+
+
+def as_parquet(folder: Path) -> Path:
+    table = pa.Table.from_pylist(ROWS)
+    users = table.column("user_id").dictionary_encode()
+    pq.write_table(table.set_column(0, "user_id", users), folder / "log.parquet")
+    return folder / "log.parquet"
+
+
+@pytest.mark.parametrize("make", [as_csv, as_gzip, as_tsv, as_json_lines, as_parquet])
+def test_every_kind_of_file_gives_the_same_clicks(make, tmp_path):
+    """Sorted by time, equal times in file order, ids as they were written, `07` not `7`."""
+    clicks = read_clicks(make(tmp_path))
+
+    assert clicks.schema == CLICKS_SCHEMA
+    rows = clicks.to_pylist()
+    assert [(r["user_id"], r["item_id"], r["timestamp_ms"]) for r in rows] == EXPECTED
+    assert {(r["event"], r["event_id"]) for r in rows} == {("click", None)}
+
+
+def test_whole_number_ids_become_text(tmp_path):
+    """Parquet keeps ids as numbers where a data frame did; Kafka keys are text."""
+    table = pa.table({"session_id": [12, 3], "item_id": [5, 6], "timestamp_ms": [20, 10]})
+    pq.write_table(table, tmp_path / "log.parquet")
+
+    rows = read_clicks(tmp_path / "log.parquet").to_pylist()
+
+    assert [(r["user_id"], r["item_id"], r["timestamp_ms"]) for r in rows] == [
+        ("3", "6", 10),
+        ("12", "5", 20),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "unit", "expected_ms"),
+    [
+        ("timestamp", "1592337718.25", "auto", 1592337718250),
+        ("timestamp", "1592337718", "auto", 1592337718000),
+        ("timestamp_ms", "1592337718250", "auto", 1592337718250),
+        ("timestamp", "1592337718250", "ms", 1592337718250),
+        ("timestamp_ms", "1592337718", "s", 1592337718000),
+        ("timestamp", "2010-12-01 08:26:00", "auto", 1291191960000),
+        ("timestamp", "2010-12-01T08:26:00Z", "auto", 1291191960000),
+        ("timestamp", "", "auto", None),
+    ],
+)
+def test_times_in_seconds_milliseconds_and_dates(name, value, unit, expected_ms, tmp_path):
+    """The unit comes from the column's name unless it is said; decimals survive to the ms."""
+    path = write(tmp_path / "log.csv", f"user_id,item_id,{name}\nu,i,{value}\n")
+
+    clicks = read_clicks(path, ClickColumns(time_unit=unit))
+
+    assert clicks.column("timestamp_ms").to_pylist() == [expected_ms]
+
+
+def test_a_file_without_times_keeps_its_order(tmp_path):
+    """Benchmarks come as sessions in order: sorting by anything would destroy them."""
+    path = write(tmp_path / "log.csv", "session_id,item_id\n2,b\n1,a\n2,c\n")
+
+    rows = read_clicks(path).to_pylist()
+
+    assert [(r["user_id"], r["item_id"], r["timestamp_ms"]) for r in rows] == [
+        ("2", "b", None),
+        ("1", "a", None),
+        ("2", "c", None),
+    ]
+
+
+def test_events_ids_and_clicks_without_an_item(tmp_path):
+    """An empty event is a click, an empty event id is none, `visit` and `forget` need no item."""
+    text = "user_id,item_id,timestamp,event,event_id\nu,i,1,,\nu,,2,visit,e2\nu,j,3,cart,e3\n"
+    rows = read_clicks(write(tmp_path / "log.csv", text)).to_pylist()
+
+    assert [(r["item_id"], r["event"], r["event_id"]) for r in rows] == [
+        ("i", "click", None),
+        ("", "visit", "e2"),
+        ("j", "cart", "e3"),
+    ]
+
+
+def test_columns_are_named_by_options(tmp_path):
+    """Invoices: other names, dates, columns nobody asked for and a quoted line break."""
+    text = 'Who,What,Note,When\nu,i,"two\nlines",2010-12-01 08:26:00\n'
+    parser = argparse.ArgumentParser()
+    add_click_columns(parser)
+    add_item_columns(parser)
+    options = parser.parse_args(
+        [
+            "--user-column",
+            "Who",
+            "--item-column",
+            "What",
+            "--time-column",
+            "When",
+            "--items-id-column",
+            "What",
+            "--title-column",
+            "Note",
+        ]
+    )
+    path = write(tmp_path / "log.csv", text)
+
+    clicks = read_clicks(path, click_columns(options)).to_pylist()
+    items = read_items(path, item_columns(options))
+
+    assert clicks[0]["timestamp_ms"] == 1291191960000
+    assert items == [Item(item_id="i", title="two\nlines")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user_id,item_id,timestamp\nu,i,1\nu,,2\n", "row 2, column item_id: expected an id"),
+        ("user_id,item_id,timestamp\n,i,1\n", "row 1, column user_id: expected an id"),
+        ("user_id,item_id,timestamp\nu,i,1\nu,i,soon\n", "row 2, column timestamp: .* 'soon'"),
+        ("user_id,item_id,timestamp\nu,i,-5\n", "row 1, column timestamp: .* '-5'"),
+        ("user_id,item_id,timestamp\nu,i,1592337718250\n", "--time-unit ms"),
+        ("user_id,item_id,timestamp\nu,i\n", "cannot be read as csv"),
+        (f"user_id,item_id,timestamp\n{'u' * 513},i,1\n", "at most 512 letters"),
+        ("", "cannot be read as csv"),
+    ],
+)
+def test_a_bad_row_is_named(text, message, tmp_path):
+    """File, row, column, expectation and value: enough to open the file at the spot."""
+    path = write(tmp_path / "log.csv", text)
+
+    with pytest.raises(ContractError, match=message) as caught:
+        read_clicks(path)
+
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_column_names_those_there_are(tmp_path):
+    """An operator sees which option to set without opening the file."""
+    path = write(tmp_path / "log.csv", "Who,item_id\nu,i\n")
+
+    with pytest.raises(ConfigError, match=r"user_id or session_id, found Who, item_id.*--user-col"):
+        read_clicks(path)
+    with pytest.raises(ConfigError, match="expected a column Wer"):
+        read_clicks(path, ClickColumns(user="Wer"))
+    with pytest.raises(ConfigError, match="no such file"):
+        read_clicks(tmp_path / "gone.csv")
+    with pytest.raises(ConfigError, match=r"expected a file named \*\.csv"):
+        read_clicks(write(tmp_path / "log.xlsx", ""))
+
+
+def test_ids_that_are_fractions_are_refused(tmp_path):
+    """A data frame with gaps turns ids into floats: `17850.0` is another user than `17850`."""
+    pq.write_table(pa.table({"user_id": [1.0], "item_id": ["i"]}), tmp_path / "log.parquet")
+
+    with pytest.raises(ContractError, match="column user_id: expected text or whole numbers"):
+        read_clicks(tmp_path / "log.parquet")
+
+
+def test_torn_files_are_refused(tmp_path):
+    """Half a download must not become half a log."""
+    whole = as_gzip(tmp_path).read_bytes()
+    (tmp_path / "torn.csv.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "torn.parquet").write_bytes(as_parquet(tmp_path).read_bytes()[:-20])
+
+    for name in ("torn.csv.gz", "torn.parquet"):
+        with pytest.raises(ContractError, match="cannot be read"):
+            read_clicks(tmp_path / name)
+
+
+def test_items_with_every_attribute(tmp_path):
+    """Categories split on `|`, times as for clicks, availability in the usual spellings."""
+    text = (
+        "item_id,title,genres,published_at,available\n"
+        "1,新闻,War|Comedy,1400000000.5,false\n"
+        "2,Plain,,,\n"
+    )
+    assert read_items(write(tmp_path / "items.csv", text)) == [
+        Item(
+            item_id="1",
+            title="新闻",
+            categories=["War", "Comedy"],
+            published_ms=1400000000500,
+            available=False,
+        ),
+        Item(item_id="2", title="Plain"),
+    ]
+
+
+def test_items_from_json_lines(tmp_path):
+    """Lists and booleans come as they are; a missing field is the contract's default."""
+    text = '{"item_id": 1, "categories": ["a", "b"], "available": false}\n{"item_id": 2}\n'
+
+    items = read_items(write(tmp_path / "items.jsonl", text), ItemColumns())
+
+    assert items == [
+        Item(item_id="1", categories=["a", "b"], available=False),
+        Item(item_id="2"),
+    ]
+
+
+def test_a_bad_item_is_named(tmp_path):
+    """A title longer than the contract allows would be a dead letter later; it is named here."""
+    text = f"item_id,title,available\n1,{'t' * 5000},1\n"
+    with pytest.raises(ContractError, match=r"length <= 4096.*\[0\]\.title"):
+        read_items(write(tmp_path / "items.csv", text))
+    with pytest.raises(ContractError, match="row 1, column available: expected true or false"):
+        read_items(write(tmp_path / "items.csv", "item_id,available\n1,maybe\n"))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("name", "columns", "num_clicks", "num_users"),
+    [
+        ("caixin-news-2014/clicks.csv.gz", ClickColumns(), 102_204, 9_543),
+        ("serenade-toy/train.csv.gz", ClickColumns(), 113_601, None),
+        ("serenade-toy/test.csv.gz", ClickColumns(), 1_233, None),
+        ("yoochoose-1-64/test.csv.gz", ClickColumns(), 71_222, 15_324),
+        ("movielens-1m/interactions.csv.gz", ClickColumns(), 999_611, 6_040),
+        (
+            "online-retail/lines.csv.gz",
+            ClickColumns(user="InvoiceNo", item="StockCode", time="InvoiceDate"),
+            541_909,
+            None,
+        ),
+    ],
+)
+def test_the_real_logs_are_read_whole(name, columns, num_clicks, num_users, data_folder):
+    """Counts are those of the datasets' README; times never run backwards."""
+    clicks = read_clicks(data_folder / name, columns)
+
+    assert clicks.num_rows == num_clicks
+    if num_users is not None:
+        assert len(clicks.column("user_id").unique()) == num_users
+    times = clicks.column("timestamp_ms").drop_null().to_pylist()
+    assert times == sorted(times)
+
+
+@pytest.mark.realdata
+def test_the_real_catalogues_are_read_whole(data_folder):
+    """Chinese titles and times of publication at caixin, genres at movielens."""
+    news = read_items(data_folder / "caixin-news-2014/items.csv.gz")
+    films = read_items(data_folder / "movielens-1m/items.csv.gz")
+
+    assert len(news) == 5_768
+    assert all(item.published_ms and item.title for item in news)
+    assert films[0].categories == ["Action", "Adventure"]
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """AFTERCLICK_DATA; its absence is a failure where CI is set."""
+    folder = os.environ.get("AFTERCLICK_DATA", "")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    if os.environ.get("CI"):
+        pytest.fail(f"AFTERCLICK_DATA={folder!r}: expected the folder of the datasets in CI")
+    pytest.skip("AFTERCLICK_DATA names no folder with the datasets")
