@@ -17,6 +17,7 @@ from afterclick.serving.errors import ConfigError, ContractError, UnavailableErr
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.reader import AsyncTopK, Top, TopK, safe_url
 from afterclick.serving.records import TopList
+from afterclick.streams.local import local_redis
 
 pytestmark = pytest.mark.service
 
@@ -176,6 +177,32 @@ def test_redis_hanging_is_unavailable_within_two_seconds(ask: Ask) -> None:
             ask(f"redis://127.0.0.1:{port}/0", "get", "u")
 
     assert time.monotonic() - began_s < 2.0
+
+
+def test_a_reader_lives_through_an_outage(tmp_path: Path) -> None:
+    """Applications keep one reader for days; Redis restarts and hangs in that time."""
+    key = Keys("afterclick").top(0, "u")
+    with local_redis(tmp_path) as server, TopK(server.url) as top:
+        write = redis.Redis.from_url(server.url)
+        write.set(key, a_list("a"))
+        assert top.get("u").items == ["a"]
+
+        server.pause()
+        began_s = time.monotonic()
+        with pytest.raises(UnavailableError):
+            top.get("u")
+        assert time.monotonic() - began_s < 2.0
+        server.resume()
+        assert top.get("u").items == ["a"]
+
+        server.kill()
+        with pytest.raises(UnavailableError):
+            top.get("u")
+        server.start()
+        assert top.get("u").source == "none"
+        write.set(key, a_list("b"))
+        assert top.get("u").items == ["b"]
+        write.close()
 
 
 def test_a_wrong_password_is_a_config_error_without_the_password(ask: Ask, redis_url: str) -> None:
