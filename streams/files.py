@@ -4,17 +4,37 @@ Everything runs in Arrow, nothing per row in Python. Ids are text always, whatev
 Knows no Kafka and no training: replay, the trainer and the demo all read files through here.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afterclick.serving.errors import AfterclickError, ConfigError, ContractError
+from afterclick.streams.columns import (
+    ClickColumns,
+    ItemColumns,
+    TimeUnit,
+    add_click_columns,
+    add_item_columns,
+    click_columns,
+    item_columns,
+)
 from afterclick.streams.events import NO_ITEM_EVENTS, Item
+
+__all__ = [
+    "CLICKS_SCHEMA",
+    "ClickColumns",
+    "ItemColumns",
+    "add_click_columns",
+    "add_item_columns",
+    "click_columns",
+    "item_columns",
+    "read_clicks",
+    "read_items",
+]
 
 USER_NAMES = ("user_id", "session_id")
 ITEM_NAMES = ("item_id",)
@@ -22,8 +42,8 @@ TIME_NAMES = ("timestamp_ms", "timestamp")
 PUBLISHED_NAMES = ("published_ms", "published_at")
 CATEGORY_NAMES = ("categories", "genres")
 
-ID_LENGTH_MAX = 512
-"""Letters of an id, as `events.Id` has it."""
+ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
+"""Letters, as `events.Click` has it: longer ones would be dead letters later."""
 
 TIME_MS_MAX = 1 << 53
 """As `events.Click` has it; beyond, JSON readers lose digits."""
@@ -43,44 +63,6 @@ CLICKS_SCHEMA = pa.schema(
         ("event_id", pa.string()),
     ]
 )
-
-TimeUnit = Literal["auto", "s", "ms"]
-
-
-class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a file keeps what; empty means the usual names, and a name given must be there."""
-
-    user: str = ""
-    """Usually `user_id`, else `session_id`."""
-    item: str = ""
-    """Usually `item_id`."""
-    time: str = ""
-    """Usually `timestamp_ms`, else `timestamp`; a file without times keeps its order."""
-    event: str = ""
-    """Usually `event`; without one every row is a `click`."""
-    event_id: str = ""
-    """Usually `event_id`, may be missing."""
-    time_unit: TimeUnit = "auto"
-    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds."""
-
-
-class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a catalogue file keeps what; empty means the usual names, only the id must exist."""
-
-    item: str = ""
-    """Usually `item_id`."""
-    title: str = ""
-    """Usually `title`."""
-    text: str = ""
-    """Usually `text`, else `description`."""
-    categories: str = ""
-    """Usually `categories`, else `genres`: lists, or text split on `|`."""
-    published: str = ""
-    """Usually `published_ms`, else `published_at`."""
-    available: str = ""
-    """Usually `available`: true/false or 1/0; without one everything is."""
-    time_unit: TimeUnit = "auto"
-    """Of numbers in the column of publication, as in `ClickColumns`."""
 
 
 def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
@@ -103,16 +85,15 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
     event = _pick(path, names, columns.event, ("event",), "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
     table = _read(path, [name for name in (user, item, time, event, event_id) if name])
-    rows = table.num_rows
-    event_N = _text(path, table, event) if event else pa.nulls(rows, pa.string())
+    event_N = _short(path, table, event, EVENT_LENGTH_MAX)
     event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
-    id_N = _text(path, table, event_id) if event_id else pa.nulls(rows, pa.string())
+    id_N = _short(path, table, event_id, EVENT_ID_LENGTH_MAX)
     no_item_N = pc.is_in(event_N, value_set=pa.array(sorted(NO_ITEM_EVENTS)))
     clicks = pa.table(
         [
             _ids(path, table, user),
             _ids(path, table, item, may_lack_N=no_item_N),
-            _times(path, table, time, columns.time_unit) if time else pa.nulls(rows, pa.int64()),
+            _times(path, table, time, columns.time_unit) if time else _nulls(table, pa.int64()),
             event_N,
             pc.if_else(pc.equal(id_N, ""), None, id_N),
         ],
@@ -155,61 +136,6 @@ def read_items(path: Path, columns: ItemColumns | None = None) -> list[Item]:
         return msgspec.convert(rows, list[Item])
     except msgspec.ValidationError as error:
         raise ContractError(f"{path}: rows count from 0: {error}", reason="schema") from error
-
-
-def add_click_columns(parser: argparse.ArgumentParser) -> None:
-    """Options that name the columns of a file of clicks."""
-    group = parser.add_argument_group("columns of the clicks file")
-    group.add_argument("--user-column", default="", help="default: user_id, else session_id")
-    group.add_argument("--item-column", default="", help="default: item_id")
-    group.add_argument("--time-column", default="", help="default: timestamp_ms, else timestamp")
-    group.add_argument("--event-column", default="", help="default: event, may be missing")
-    group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
-    group.add_argument(
-        "--time-unit",
-        choices=("auto", "s", "ms"),
-        default="auto",
-        help="unit of numbers; auto: ms for a column named *_ms, else s",
-    )
-
-
-def click_columns(options: argparse.Namespace) -> ClickColumns:
-    """What `add_click_columns` parsed."""
-    return ClickColumns(
-        user=options.user_column,
-        item=options.item_column,
-        time=options.time_column,
-        event=options.event_column,
-        event_id=options.event_id_column,
-        time_unit=options.time_unit,
-    )
-
-
-def add_item_columns(parser: argparse.ArgumentParser) -> None:
-    """Options that name the columns of a catalogue file."""
-    group = parser.add_argument_group("columns of the items file")
-    group.add_argument("--items-id-column", default="", help="default: item_id")
-    group.add_argument("--title-column", default="", help="default: title")
-    group.add_argument("--text-column", default="", help="default: text, else description")
-    group.add_argument(
-        "--categories-column", default="", help="default: categories, else genres; split on |"
-    )
-    group.add_argument(
-        "--published-column", default="", help="default: published_ms, else published_at"
-    )
-    group.add_argument("--available-column", default="", help="default: available")
-
-
-def item_columns(options: argparse.Namespace) -> ItemColumns:
-    """What `add_item_columns` parsed."""
-    return ItemColumns(
-        item=options.items_id_column,
-        title=options.title_column,
-        text=options.text_column,
-        categories=options.categories_column,
-        published=options.published_column,
-        available=options.available_column,
-    )
 
 
 def _kind(path: Path) -> str:
@@ -330,15 +256,21 @@ def _text(path: Path, table: pa.Table, name: str) -> pa.Array:
 
 def _ids(path: Path, table: pa.Table, name: str, may_lack_N: pa.Array | None = None) -> pa.Array:
     ids_N = pc.fill_null(_text(path, table, name), "")
-    length_N = pc.utf8_length(ids_N)
-    lacks_N = pc.equal(length_N, 0)
+    lacks_N = pc.equal(ids_N, "")
     if may_lack_N is not None:
         lacks_N = pc.and_(lacks_N, pc.invert(may_lack_N))
     _refuse(path, name, "an id", ids_N, lacks_N)
-    _refuse(
-        path, name, f"at most {ID_LENGTH_MAX} letters", ids_N, pc.greater(length_N, ID_LENGTH_MAX)
-    )
+    _refuse_long(path, name, ids_N, ID_LENGTH_MAX)
     return ids_N
+
+
+def _short(path: Path, table: pa.Table, name: str, length_max: int) -> pa.Array:
+    """Text of an optional column; all null where there is none."""
+    if not name:
+        return _nulls(table, pa.string())
+    text_N = _text(path, table, name)
+    _refuse_long(path, name, text_N, length_max)
+    return text_N
 
 
 def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
@@ -410,6 +342,15 @@ def _flags(path: Path, table: pa.Table, name: str) -> pa.Array:
 def _column(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name).combine_chunks()
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _nulls(table: pa.Table, kind: pa.DataType) -> pa.Array:
+    return pa.nulls(table.num_rows, kind)
+
+
+def _refuse_long(path: Path, name: str, text_N: pa.Array, length_max: int) -> None:
+    long_N = pc.greater(pc.utf8_length(text_N), length_max)
+    _refuse(path, name, f"at most {length_max} letters", text_N, long_N)
 
 
 def _refuse(path: Path, name: str, expected: str, values_N: pa.Array, bad_N: pa.Array) -> None:

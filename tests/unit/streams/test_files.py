@@ -11,18 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.streams.events import Item
-from afterclick.streams.files import (
-    CLICKS_SCHEMA,
+from afterclick.streams.columns import (
     ClickColumns,
     ItemColumns,
     add_click_columns,
     add_item_columns,
     click_columns,
     item_columns,
-    read_clicks,
-    read_items,
 )
+from afterclick.streams.events import Item
+from afterclick.streams.files import CLICKS_SCHEMA, read_clicks, read_items
 
 ROWS = [
     {"user_id": "7", "item_id": "b", "timestamp": 1400000002},
@@ -139,20 +137,9 @@ def test_columns_are_named_by_options(tmp_path):
     parser = argparse.ArgumentParser()
     add_click_columns(parser)
     add_item_columns(parser)
-    options = parser.parse_args(
-        [
-            "--user-column",
-            "Who",
-            "--item-column",
-            "What",
-            "--time-column",
-            "When",
-            "--items-id-column",
-            "What",
-            "--title-column",
-            "Note",
-        ]
-    )
+    names = "--user-column=Who --item-column=What --time-column=When"
+    names += " --items-id-column=What --title-column=Note"
+    options = parser.parse_args(names.split())
     path = write(tmp_path / "log.csv", text)
 
     clicks = read_clicks(path, click_columns(options)).to_pylist()
@@ -173,6 +160,7 @@ def test_columns_are_named_by_options(tmp_path):
         ("user_id,item_id,timestamp\nu,i\n", "cannot be read as csv"),
         (f"user_id,item_id,timestamp\n{'u' * 513},i,1\n", "at most 512 letters"),
         ("", "cannot be read as csv"),
+        (f"user_id,item_id,event\nu,i,{'e' * 65}\n", "row 1, column event: .*at most 64"),
     ],
 )
 def test_a_bad_row_is_named(text, message, tmp_path):

@@ -1,0 +1,102 @@
+"""Which column of a file holds what: told by options, guessed from the usual names otherwise.
+
+Reads no file; `files.py` does.
+"""
+
+import argparse
+from typing import Literal
+
+import msgspec
+
+TimeUnit = Literal["auto", "s", "ms"]
+
+
+class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a file keeps what; empty means the usual names, and a name given must be there."""
+
+    user: str = ""
+    """Usually `user_id`, else `session_id`."""
+    item: str = ""
+    """Usually `item_id`."""
+    time: str = ""
+    """Usually `timestamp_ms`, else `timestamp`; a file without times keeps its order."""
+    event: str = ""
+    """Usually `event`; without one every row is a `click`."""
+    event_id: str = ""
+    """Usually `event_id`, may be missing."""
+    time_unit: TimeUnit = "auto"
+    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds."""
+
+
+class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a catalogue file keeps what; empty means the usual names, only the id must exist."""
+
+    item: str = ""
+    """Usually `item_id`."""
+    title: str = ""
+    """Usually `title`."""
+    text: str = ""
+    """Usually `text`, else `description`."""
+    categories: str = ""
+    """Usually `categories`, else `genres`: lists, or text split on `|`."""
+    published: str = ""
+    """Usually `published_ms`, else `published_at`."""
+    available: str = ""
+    """Usually `available`: true/false or 1/0; without one everything is."""
+    time_unit: TimeUnit = "auto"
+    """Of numbers in the column of publication, as in `ClickColumns`."""
+
+
+def add_click_columns(parser: argparse.ArgumentParser) -> None:
+    """Options that name the columns of a file of clicks."""
+    group = parser.add_argument_group("columns of the clicks file")
+    group.add_argument("--user-column", default="", help="default: user_id, else session_id")
+    group.add_argument("--item-column", default="", help="default: item_id")
+    group.add_argument("--time-column", default="", help="default: timestamp_ms, else timestamp")
+    group.add_argument("--event-column", default="", help="default: event, may be missing")
+    group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
+    group.add_argument(
+        "--time-unit",
+        choices=("auto", "s", "ms"),
+        default="auto",
+        help="unit of numbers; auto: ms for a column named *_ms, else s",
+    )
+
+
+def click_columns(options: argparse.Namespace) -> ClickColumns:
+    """What `add_click_columns` parsed."""
+    return ClickColumns(
+        user=options.user_column,
+        item=options.item_column,
+        time=options.time_column,
+        event=options.event_column,
+        event_id=options.event_id_column,
+        time_unit=options.time_unit,
+    )
+
+
+def add_item_columns(parser: argparse.ArgumentParser) -> None:
+    """Options that name the columns of a catalogue file."""
+    group = parser.add_argument_group("columns of the items file")
+    group.add_argument("--items-id-column", default="", help="default: item_id")
+    group.add_argument("--title-column", default="", help="default: title")
+    group.add_argument("--text-column", default="", help="default: text, else description")
+    group.add_argument(
+        "--categories-column", default="", help="default: categories, else genres; split on |"
+    )
+    group.add_argument(
+        "--published-column", default="", help="default: published_ms, else published_at"
+    )
+    group.add_argument("--available-column", default="", help="default: available")
+
+
+def item_columns(options: argparse.Namespace) -> ItemColumns:
+    """What `add_item_columns` parsed."""
+    return ItemColumns(
+        item=options.items_id_column,
+        title=options.title_column,
+        text=options.text_column,
+        categories=options.categories_column,
+        published=options.published_column,
+        available=options.available_column,
+    )
