@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.streams.local_kafka import broker_answers, kafka_jars, prepare, server_argv
-from afterclick.streams.processes import STOP_TIMEOUT_S, Process, free_port
+from afterclick.streams.processes import STOP_TIMEOUT_S, Process, free_port, listening
 
 S = TypeVar("S", bound="Server")
 
@@ -61,8 +61,15 @@ class Server:
         """Start it, on the same port and folder as before, and return when it answers.
 
         Raises:
-            UnavailableError: it ended, or did not answer in time; shows its last output.
+            UnavailableError: another program has the port; it ended, or did not answer in time;
+                shows its last output.
         """
+        # Else the other program's answer would be taken for this one's.
+        if not self.process.running and listening(self.port):
+            raise UnavailableError(
+                f"{self.process.name}: {self.address} is taken by another program; stop that one, "
+                "or choose another port"
+            )
         self.process.start()
         self.process.wait_until(self._ready, self._start_timeout_s)
 
@@ -308,7 +315,7 @@ def _running(folder: Path, make: Callable[[int], S], port: int | None) -> Iterat
             server.start()
             break
         except UnavailableError:
-            lost_race = port is None and server.process.exit_code is not None
+            lost_race = port is None and not server.process.running
             server.kill()
             if not lost_race or not tries_left:
                 raise

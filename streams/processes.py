@@ -200,6 +200,15 @@ def free_port() -> int:
     raise UnavailableError(f"ports {PORTS.start} to {PORTS.stop - 1} of 127.0.0.1: all taken")
 
 
+def listening(port: int) -> bool:
+    """Whether something accepts connections on 127.0.0.1:port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
 _WATCHDOG = """
 import os, signal, sys
 groups = set()
