@@ -71,6 +71,7 @@ class Worker:
         )
         self._log = LogReader(streams)
         self._beat_s = time.monotonic()
+        self._joined = False
         self.app = build_app(self)
         self._shared = Shared(
             prepared=asyncio.Event(),
@@ -107,6 +108,7 @@ class Worker:
 
     async def assigned(self, tps: set[TP]) -> None:
         """Take partitions over."""
+        self._joined = True
         for tp in sorted(tps):
             if tp.partition not in self.held:
                 self.held[tp.partition] = HeldPartition(self._new_fold(tp.partition), self._shared)
@@ -124,7 +126,7 @@ class Worker:
         """Show that the event loop runs, and how far behind the log each partition is."""
         while True:
             self._beat_s = time.monotonic()
-            for partition, held in self.held.items():
+            for partition, held in list(self.held.items()):
                 position = held.fold.position
                 self.metrics.head_offset.labels(partition=str(partition)).set(position)
                 end = self._consumer.highwater(self._tp(partition)) or 0
@@ -182,7 +184,7 @@ class Worker:
         silent_s = now_s - self._beat_s
         stuck = {
             str(partition): round(now_s - held.busy_since_s, 1)
-            for partition, held in self.held.items()
+            for partition, held in list(self.held.items())
             if held.busy_since_s is not None and now_s - held.busy_since_s > STUCK_S
         }
         ok = silent_s < STUCK_S and not stuck
@@ -192,10 +194,14 @@ class Worker:
         """Whether every partition we hold is folded, and why not."""
         partitions = {
             str(p): {"state": held.state.value, "why": held.why}
-            for p, held in sorted(self.held.items())
+            for p, held in sorted(dict(self.held).items())
         }
         loaded = self.runtime.loaded
-        ok = self.runtime.ready and all(held.state == State.READY for held in self.held.values())
+        ok = (
+            self._joined
+            and self.runtime.ready
+            and all(held.state == State.READY for held in self.held.values())
+        )
         ok = ok and not self.app.rebalancing
         return ok, {
             "partitions": partitions,
@@ -204,6 +210,7 @@ class Worker:
             "provider": loaded.engine.provider if loaded else "",
             "refused_publications": {str(n): why for n, why in self.runtime.refused.items()},
             "items_read": self.runtime.ready,
+            "joined": self._joined,
             "rebalancing": bool(self.app.rebalancing),
         }
 

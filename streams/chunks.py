@@ -115,6 +115,10 @@ class ChunkConsumer(Consumer):
                 if self.app.should_stop:
                     return
                 raise
+            except asyncio.CancelledError:
+                if self.app.should_stop:
+                    return
+                raise
             # A fetch that has records ready returns without ever giving the loop to others.
             await asyncio.sleep(0)
 

@@ -23,6 +23,9 @@ STALL_S = 30.0
 
 POLL_MS = 200
 
+WATERMARK_MS = 500
+"""Longest wait for the high watermark; it comes at once unless the log ends in a marker."""
+
 
 class LogReader:
     """One connection to the log; its calls exclude each other."""
@@ -30,14 +33,14 @@ class LogReader:
     def __init__(self, settings: StreamsSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._opened: Any = None
+        self._opened: dict[str, Any] = {}
 
     def close(self) -> None:
         """Close the connection."""
         with self._lock:
-            if self._opened is not None:
-                self._opened.close()
-                self._opened = None
+            for consumer in self._opened.values():
+                consumer.close()
+            self._opened.clear()
 
     def num_partitions(self, topic: str) -> int:
         """Partitions of a topic, 0 where it does not exist."""
@@ -45,11 +48,22 @@ class LogReader:
             return len(self._guard(lambda: self._consumer().partitions_for_topic(topic)) or ())
 
     def edges(self, topic: str, partition: int) -> tuple[int, int]:
-        """First offset that is still there, and the offset after the last committed record."""
+        """First offset that is still there, and the offset after the last record.
+
+        The end is the high watermark that comes with the last record: asked for the latest offset,
+        tansu gives that of its last batch's first record, plus one. On Kafka an open transaction
+        may lie below it.
+        """
         tp = TopicPartition(topic, partition)
         with self._lock:
-            start = self._guard(lambda: self._consumer().beginning_offsets([tp]))[tp]
-            end = self._guard(lambda: self._consumer().end_offsets([tp]))[tp]
+            consumer = self._guard(lambda: self._consumer("read_uncommitted"))
+            start = self._guard(lambda: consumer.beginning_offsets([tp]))[tp]
+            end = self._guard(lambda: consumer.end_offsets([tp]))[tp]
+            if end > start:
+                self._guard(lambda: consumer.assign([tp]))
+                self._guard(lambda: consumer.seek(tp, end - 1))
+                self._guard(lambda: consumer.poll(WATERMARK_MS, max_records=1))
+                end = max(end, consumer.highwater(tp) or 0)
         return int(start), int(end)
 
     def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
@@ -86,10 +100,10 @@ class LogReader:
             return records[0] if records[0].offset == offset else None
         return None
 
-    def _consumer(self) -> Any:
-        if self._opened is None:
-            self._opened = new_consumer(self._settings)
-        return self._opened
+    def _consumer(self, isolation: str = "read_committed") -> Any:
+        if isolation not in self._opened:
+            self._opened[isolation] = new_consumer(self._settings, isolation)
+        return self._opened[isolation]
 
     def _guard(self, action: Any) -> Any:
         return _guarded(self._settings, action)
@@ -116,13 +130,13 @@ class Tail:
         self._consumer.close()
 
 
-def new_consumer(settings: StreamsSettings) -> Any:
+def new_consumer(settings: StreamsSettings, isolation: str = "read_committed") -> Any:
     """A kafka-python consumer outside any group that commits nothing."""
     return KafkaConsumer(
         **client_config(settings),
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        isolation_level="read_committed",
+        isolation_level=isolation,
         max_partition_fetch_bytes=8 << 20,
     )
 

@@ -93,14 +93,19 @@ class Replica:
 class Releases:
     """Releases and catalogues that inputs entries name, the last one kept ready."""
 
-    def __init__(self, settings: ServingSettings, reader: LogReader, items_topic: str) -> None:
+    def __init__(self, settings: ServingSettings, streams: StreamsSettings) -> None:
         self._settings = settings
-        self._reader = reader
-        self._items_topic = items_topic
+        # A connection of its own: items are read while clicks are being read.
+        self._reader = LogReader(streams)
+        self._items_topic = streams.items_topic
         self._store = ReleaseStore(settings.releases, settings.releases_cache)
         self._key: tuple[int, str] | None = None
         self._loaded: LoadedRelease | None = None
         self._catalog = Catalog.empty()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._reader.close()
 
     def serving(self, entry: InputsEntry) -> Serving:
         """Release and catalogue as of one entry.
@@ -251,7 +256,7 @@ def verify(
     topics = check_topics(streams)
     store = open_store(serving, topics)
     reader = LogReader(streams)
-    releases = Releases(serving, reader, streams.items_topic)
+    releases = Releases(serving, streams)
     report = Report(
         fingerprint={
             "onnxruntime": onnxruntime.__version__,
@@ -268,6 +273,7 @@ def verify(
             _verify_partition(partition, store, reader, releases, streams, report, user)
     finally:
         reader.close()
+        releases.close()
         store.close()
     report.seconds = round(time.monotonic() - begun_s, 3)
     return report
