@@ -1,0 +1,36 @@
+"""`make bench` itself, small: the whole harness with real broker, Redis, worker and rivals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.service
+def test_the_last_line_holds_every_promised_field() -> None:
+    """Issue 3 names them; scripts read that line. A wrong answer makes it end with 1."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench", "--quick", "--items", "2000"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name in ("", "engine_", "matmul_", "do_nothing_agent_", "naive_"):
+        assert result[f"{name}clicks_per_s"] > 0
+    assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"]
+    assert 0 < result["idle_latency_ms"]["p50"] <= result["idle_latency_ms"]["p99"]
+    assert set(result["ratios"]) == {
+        "end_to_end_of_engine",
+        "engine_of_matmul",
+        "end_to_end_of_do_nothing",
+        "end_to_end_of_naive",
+    }
+    assert result["failures"] == []
