@@ -152,6 +152,7 @@ class ReleaseStore:
             )
         if self.is_remote:
             # The manifest goes last: a folder without one is no release.
+            self._remote.makedirs(str(self._remote_root / folder.name), exist_ok=True)
             for name in (*FILES, MANIFEST_NAME):
                 self._remote.put_file(
                     str(folder / name), str(self._remote_root / folder.name / name)

@@ -1,0 +1,135 @@
+"""Codecs round-trip, refuse what they cannot read, and stay within their bytes."""
+
+import os
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afterclick.serving.errors import ContractError
+from afterclick.serving.keys import murmur2, partition_of
+from afterclick.serving.manifest import GAP_BUCKETS, gap_bucket
+from afterclick.serving.records import (
+    Interaction,
+    TopList,
+    UserRecord,
+    decode_record,
+    encode_list,
+    encode_record,
+    is_repeat,
+    pack_interaction,
+    repeat_tag,
+    stamp_list,
+    unpack_interactions,
+    without_stamp,
+)
+
+interactions = st.builds(
+    Interaction,
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 31),
+    st.integers(0, 31),
+    st.integers(0, 23),
+    st.booleans(),
+)
+records = st.builds(
+    UserRecord,
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(-(2**63), 2**63 - 1),
+    st.binary(max_size=64).map(lambda b: b[: len(b) // 4 * 4]),
+    st.lists(interactions, max_size=9).map(lambda own: b"".join(map(pack_interaction, own))),
+)
+
+
+@given(records)
+def test_a_record_round_trips(record: UserRecord) -> None:
+    """What is written is what is read."""
+    assert decode_record(encode_record(record)) == record
+
+
+@given(st.lists(interactions, max_size=9))
+def test_interactions_round_trip(own: list[Interaction]) -> None:
+    """14 bytes hold all of it."""
+    assert unpack_interactions(b"".join(map(pack_interaction, own))) == own
+
+
+@given(records, st.data())
+def test_a_torn_record_is_refused(record: UserRecord, data: st.DataObject) -> None:
+    """Half a record must never become a state."""
+    whole = encode_record(record)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(ContractError):
+        decode_record(whole[:cut])
+
+
+def test_a_record_of_another_version_is_refused() -> None:
+    """An old worker must not misread a newer format."""
+    data = bytearray(encode_record(UserRecord()))
+    data[0] = 2
+    with pytest.raises(ContractError, match="version 2"):
+        decode_record(bytes(data))
+
+
+def test_a_full_record_at_the_default_size_has_1752_bytes() -> None:
+    """H 128, L 50: the figure in the module's docstring; Redis adds key and overhead (2 KB)."""
+    packed = pack_interaction(Interaction(1, 2, 3, 4, 5, False)) * 50
+    record = UserRecord(1, 2, 3, 4, os.urandom(4 * 256), packed)
+    assert len(encode_record(record)) == 1752
+
+
+def test_a_repeat_is_the_same_item_event_and_id_or_time() -> None:
+    """Producers retry with the same event id, and perhaps another timestamp."""
+
+    def packed(event: str, event_id: str | None, at: int, item: int = 1) -> bytes:
+        return pack_interaction(Interaction(item, repeat_tag(event, event_id, at), 0, 0, 0, False))
+
+    past = packed("click", "a", 5) + packed("view", None, 6)
+    assert is_repeat(past, packed("click", "a", 99))
+    assert is_repeat(past, packed("view", None, 6))
+    assert not is_repeat(past, packed("view", None, 7))
+    assert not is_repeat(past, packed("click", None, 6))
+    assert not is_repeat(past, packed("click", "a", 5, item=2))
+
+
+@given(st.integers(-(10**15), 10**18))
+def test_gap_buckets_are_within_their_table(gap_ms: int) -> None:
+    """The graph's embedding has exactly this many rows."""
+    assert 0 <= gap_bucket(gap_ms) < GAP_BUCKETS
+
+
+def test_a_lists_stamp_comes_off_again() -> None:
+    """Comparisons leave out the moment of writing and nothing else."""
+    top = TopList(
+        items=["a", ',"written_ms":7'],
+        scores=[1.5, -2.0],
+        source="model",
+        release="r",
+        publication=1,
+        items_offset=[3],
+        partition=0,
+        offset=9,
+        event_ms=5,
+    )
+    body = encode_list(top)
+    stamped = stamp_list(body, 1234)
+    assert without_stamp(stamped) == body
+    assert msgspec.json.decode(stamped, type=TopList).written_ms == 1234
+    assert msgspec.json.decode(body, type=TopList).items == top.items
+
+
+@given(st.binary(max_size=40))
+def test_murmur2_is_kafkas(data: bytes) -> None:
+    """A user must be looked for in the partition that producers send to."""
+    from kafka.partitioner.default import murmur2 as reference
+
+    assert murmur2(data) == reference(data) & 0xFFFFFFFF
+
+
+@given(st.text(max_size=20), st.integers(1, 64))
+def test_a_users_partition_exists(user: str, num: int) -> None:
+    """Any id, any count."""
+    assert 0 <= partition_of(user, num) < num
