@@ -1,0 +1,173 @@
+"""The verbs `train` and `schedule`: parse, hand over, print.
+
+Torch and everything else that is heavy is imported inside the verbs, so that `afterclick --help`
+loads this module in the base install.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from afterclick.serving.errors import ConfigError
+from afterclick.serving.settings import serving_settings
+from afterclick.streams.columns import (
+    add_click_columns,
+    add_item_columns,
+    click_columns,
+    item_columns,
+)
+from afterclick.streams.settings import streams_settings
+from afterclick.training.settings import TrainingSettings, training_settings
+
+if TYPE_CHECKING:
+    from afterclick.training.pipeline import Outcome
+    from afterclick.training.sources import Source
+
+FLAGS = {
+    "cell": "lstm or gru",
+    "layers": "recurrent layers",
+    "units": "hidden units of a layer",
+    "dim": "length of an item vector",
+    "loss": "cosine or softmax",
+    "epochs": "passes over the training part at most",
+    "final_epochs": "passes over all data after the best epoch",
+    "batch_events": "predictions per mini-batch",
+    "softmax_items": "items scored per mini-batch",
+    "learning_rate": "peak of AdamW's rate",
+    "dropout": "share of the step vector dropped",
+    "patience": "epochs without a better MRR@20 before stopping",
+    "validation": "newest share held out",
+    "split": "auto, events or sequences",
+    "history": "longest stretch learnt from",
+    "item_min_count": "clicks an item needs",
+    "seed": "of everything random",
+    "threads": "of torch; 0: one per core",
+    "device": "auto, cpu or cuda",
+}
+"""Settings that have a flag; a file or the environment sets the others, too."""
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train on clicks from files or from Kafka, and publish the release."""
+    options = _train_parser().parse_args(argv)
+    if options.topic == (options.clicks is not None):
+        raise ConfigError("train: give either --clicks FILE or --topic, to say where clicks are")
+    if options.items is not None and options.clicks is None:
+        raise ConfigError("train: --items FILE goes with --clicks; --topic reads the items topic")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    settings = training_settings(
+        os.environ, options.config, {name: getattr(options, name) for name in FLAGS}
+    )
+    serving = serving_settings(os.environ)
+
+    from afterclick.training.pipeline import train_release
+    from afterclick.training.progress import Bars, JsonLines, Silent, Teller
+
+    bars = Bars()
+    tellers: dict[str, Teller] = {"bars": bars, "jsonl": JsonLines(), "none": Silent()}
+    with bars if options.progress == "bars" else nullcontext():
+        source = _source(options)
+        test = None
+        if options.test is not None:
+            from afterclick.training.sources import read_columns
+
+            test = read_columns(options.test, click_columns(options))
+        outcome = train_release(
+            source,
+            settings,
+            serving,
+            test=test,
+            publish=not options.no_publish,
+            resume=options.resume,
+            teller=tellers[options.progress],
+        )
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
+    elif options.progress == "bars":
+        sys.stdout.write(describe(outcome))
+    return 0
+
+
+def schedule(argv: Sequence[str]) -> int:
+    """Train again and again, each time in a process of its own."""
+    parser = argparse.ArgumentParser(
+        prog="afterclick schedule",
+        description=schedule.__doc__,
+        epilog="All other options are those of `afterclick train`, e.g. --topic.",
+    )
+    parser.add_argument("--every", required=True, help="from start to start: 30s, 15m, 1h, 1d")
+    parser.add_argument("--runs", type=int, help="stop after so many runs")
+    options, rest = parser.parse_known_args(argv)
+
+    from afterclick.training.schedule import parse_period, run_schedule
+
+    every_s = parse_period(options.every)
+    if options.runs is not None and options.runs < 1:
+        raise ConfigError(f"--runs: expected at least 1, got {options.runs}")
+    _train_parser().parse_args(rest)  # a typing error must not wait for the first run
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return run_schedule(rest, every_s=every_s, runs=options.runs)
+
+
+def describe(outcome: "Outcome") -> str:
+    """The run's result for people: a table of methods, then where everything is."""
+    lines = []
+    tested = {name: found for name, found in outcome.test.items() if isinstance(found, dict)}
+    if tested:
+        names = ("hit_rate_20", "mrr_20", "predictions")
+        own = {name: float(outcome.test[name]) for name in names}  # type: ignore[arg-type]
+        tested = {"model": own, **tested}
+    for title, metrics in (("validation", outcome.metrics), ("test", tested)):
+        if not metrics:
+            continue
+        count = int(metrics["model"]["predictions"])
+        lines.append(f"{title + ', ' + str(count) + ' predictions':<34}  HR@20  MRR@20")
+        for method, values in metrics.items():
+            figures = f"{100 * values['hit_rate_20']:6.1f} {100 * values['mrr_20']:7.1f}"
+            lines.append(f"  {method:<32} {figures}")
+    number = outcome.publication
+    lines.append(f"release  {outcome.release}")
+    lines.append(f"         {'not published' if number is None else f'published as {number}'}")
+    lines.append(f"report   {outcome.report}")
+    return "\n".join(lines) + "\n"
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterclick train", description=train.__doc__)
+    parser.add_argument("--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines")
+    parser.add_argument("--items", type=Path, metavar="FILE", help="catalogue, same kinds of file")
+    parser.add_argument("--topic", action="store_true", help="read Kafka's topics instead")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="held-out clicks to evaluate on")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="training settings")
+    parser.add_argument("--no-publish", action="store_true", help="add the release, announce not")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument(
+        "--progress", choices=("bars", "jsonl", "none"), default="bars", help="how to tell"
+    )
+    settings = parser.add_argument_group("settings (AFTERCLICK_TRAINING__* are the others)")
+    for name, text in FLAGS.items():
+        default = TrainingSettings.__struct_defaults__[
+            TrainingSettings.__struct_fields__.index(name)
+        ]
+        settings.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), help=f"{text} ({default})"
+        )
+    add_click_columns(parser)
+    add_item_columns(parser)
+    return parser
+
+
+def _source(options: argparse.Namespace) -> "Source":
+    from afterclick.training.sources import read_files, read_topic
+
+    if options.topic:
+        return read_topic(streams_settings(os.environ))
+    return read_files(options.clicks, options.items, click_columns(options), item_columns(options))

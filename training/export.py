@@ -1,0 +1,387 @@
+"""A trained model becomes a release folder, and the gate that lets it out.
+
+Writes exactly what serving/manifest.py defines. Knows no training and no place where releases are
+published. Shape letters: T steps, B users, S floats of state, N items, D item vector, K results.
+
+The gate compares three ways to the same list on random and on held-out histories: torch, the ONNX
+graph fed a whole sequence, and the ONNX graph fed step by step, through the very engine that
+workers use.
+"""
+
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import Engine, Scanner
+from afterclick.serving.errors import ContractError
+from afterclick.serving.manifest import (
+    EVENTS,
+    FILES,
+    GAP_BUCKETS,
+    ITEMS_NAME,
+    MANIFEST_NAME,
+    QUERY_NAME,
+    SCAN_VECTORS_NAME,
+    SCHEMA,
+    SELF_TEST_NAME,
+    STEP_NAME,
+    STEP_VECTORS_NAME,
+    ItemRow,
+    ItemTable,
+    Manifest,
+    Snapshot,
+    StateTensor,
+    StepInputs,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
+from afterclick.serving.releases import self_test
+from afterclick.training.data import I64, UNKNOWN, Sequences
+from afterclick.training.graphs import query_graph, state_names, step_graph
+from afterclick.training.model import Recommender, Steps
+
+F32 = npt.NDArray[np.float32]
+
+TOLERANCE = 1e-4
+"""Largest difference between engines, per unit of the larger magnitude: float32 sums of some
+hundred terms near 1 differ by 1e-6, over 50 steps by about 1e-5; a wrong weight by far more.
+"""
+
+GATE_USERS = 64
+"""Histories of each kind that the gate compares."""
+
+GATE_K = 50
+"""Length of the lists that the gate compares."""
+
+SELF_TEST_USERS = 6
+SELF_TEST_STEPS = 5
+
+
+class Tables(NamedTuple):
+    """Everything a release holds per item; row i is item i, sorted by id."""
+
+    rows: list[ItemRow]
+    step_ND: F32
+    scan_ND: F32
+    """(N, D + 1): the bias is the last coordinate."""
+    num_cold: int
+    """Items that training never saw."""
+
+
+class Histories(NamedTuple):
+    """Item rows, event codes and gap buckets of B users, padded with zeros to T steps."""
+
+    item_TB: I64
+    event_TB: I64
+    gap_TB: I64
+    lens_B: npt.NDArray[np.int32]
+
+
+def build_tables(
+    model: Recommender,
+    item_ids: Sequence[str],
+    trained_N: npt.NDArray[np.bool_],
+    details: Mapping[str, ItemRow],
+) -> Tables:
+    """Join the model's items with the catalogue's.
+
+    Args:
+        model: its item rows are `item_ids`.
+        item_ids: sorted.
+        trained_N: False for items whose vectors training never moved towards a click.
+        details: what the catalogue says, by item id; its further items join the release.
+
+    Returns:
+        Tables over all items. An item that was never clicked is given the mean of the vectors of
+        the clicked ones that share a category with it, else zeros; its bias is the lowest of any
+        clicked item, so that it comes up only where its category is wanted.
+    """
+    ids = sorted({*item_ids, *details})
+    row_of = {item_id: row for row, item_id in enumerate(ids)}
+    rows = [details.get(item_id) or ItemRow(item_id=item_id) for item_id in ids]
+    learned = np.array([row_of[item_id] for item_id in item_ids], np.int64)[trained_N]
+    step_ND = np.zeros((len(ids), model.settings.dim), np.float32)
+    scan_ND = np.zeros((len(ids), model.settings.dim + 1), np.float32)
+    with torch.no_grad():
+        code = torch.from_numpy(np.flatnonzero(trained_N)).to(model.bias.device)
+        step_ND[learned] = model.step_vectors(code).cpu().numpy()
+        scan_ND[learned] = model.scan_vectors()[code].cpu().numpy()
+    is_learned = np.zeros(len(ids), bool)
+    is_learned[learned] = True
+    members: dict[str, list[int]] = {}
+    for row in learned.tolist():
+        for name in rows[row].categories:
+            members.setdefault(name, []).append(row)
+    lowest = scan_ND[learned, -1].min() if len(learned) else np.float32(0)
+    for row in np.flatnonzero(~is_learned).tolist():
+        kin = sorted({near for name in rows[row].categories for near in members.get(name, ())})
+        if kin:
+            step_ND[row] = step_ND[kin].mean(axis=0, dtype=np.float64)
+            scan_ND[row] = scan_ND[kin].mean(axis=0, dtype=np.float64)
+        scan_ND[row, -1] = lowest
+    return Tables(rows, step_ND, scan_ND, int((~is_learned).sum()))
+
+
+def write_release(
+    folder: Path,
+    model: Recommender,
+    tables: Tables,
+    *,
+    created_at: str,
+    history: int,
+    snapshot: Snapshot,
+    items_offset: Sequence[int] = (),
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int = 0,
+) -> Manifest:
+    """Write a complete release into a fresh folder whose name is its id; no check is made here.
+
+    Raises:
+        ContractError: a weight is not finite, or ONNX Runtime refuses a graph.
+    """
+    settings = model.settings
+    np.save(folder / STEP_VECTORS_NAME, tables.step_ND)
+    np.save(folder / SCAN_VECTORS_NAME, tables.scan_ND)
+    (folder / ITEMS_NAME).write_bytes(msgspec.json.encode(ItemTable(items=tables.rows)))
+    onnx.save(step_graph(model), str(folder / STEP_NAME))
+    onnx.save(query_graph(model), str(folder / QUERY_NAME))
+    manifest = Manifest(
+        schema=SCHEMA,
+        release=folder.name,
+        created_at=created_at,
+        cell=settings.cell,
+        num_items=len(tables.rows),
+        step_dim=settings.dim,
+        scan_dim=settings.dim + 1,
+        state=[
+            StateTensor(name=name, layers=settings.layers, units=settings.units)
+            for name in state_names(model)
+        ],
+        inputs=StepInputs(event=settings.event_vectors, gap=settings.gap_vectors),
+        history=history,
+        snapshot=snapshot,
+        items_offset=list(items_offset),
+        metrics={name: dict(values) for name, values in (metrics or {}).items()},
+        files={},
+    )
+    _record_self_test(folder, manifest, tables, np.random.default_rng(seed))
+    manifest = msgspec.structs.replace(
+        manifest, files={name: sha256_of(folder / name) for name in FILES}
+    )
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return manifest
+
+
+def check_release(
+    folder: Path, model: Recommender, tables: Tables, held: Sequences | None, *, seed: int = 0
+) -> list[str]:
+    """The gate: refuse a release whose files do not do what the model does.
+
+    Args:
+        folder: a complete release.
+        model: what it was exported from.
+        tables: item tables as they were meant to be written.
+        held: real histories, codes are rows of the tables or `UNKNOWN`; None leaves them out.
+        seed: of the random histories.
+
+    Returns:
+        Names of the checks that passed.
+
+    Raises:
+        ContractError: names the first check that failed, and by how much.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    catalog = Catalog.from_release(folder, manifest)
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    self_test(folder, engine)
+    _close(folder, "step vectors", np.load(folder / STEP_VECTORS_NAME), tables.step_ND, 0)
+    _close(folder, "scan vectors", np.load(folder / SCAN_VECTORS_NAME), tables.scan_ND, 0)
+    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    passed = ["files", "catalogue", "self-test", "item vectors"]
+    rng = np.random.default_rng(seed)
+    kinds = {"random": random_histories(rng, len(tables.rows), manifest.history)}
+    real = None if held is None else real_histories(held, manifest.history)
+    if real is not None:
+        kinds["held-out"] = real
+    for kind, histories in kinds.items():
+        _compare(folder, kind, histories, model, tables, engine, scanner)
+        passed.append(f"{kind} histories")
+    return passed
+
+
+def random_histories(rng: np.random.Generator, num_items: int, history: int) -> Histories:
+    """Random items, events and gaps of every length up to `history`."""
+    lens_B = rng.integers(1, history + 1, GATE_USERS).astype(np.int32)
+    lens_B[:2] = 1, history
+    shape = (history, GATE_USERS)
+    inside_TB = np.arange(history)[:, None] < lens_B
+    return Histories(
+        np.where(inside_TB, rng.integers(0, num_items, shape), 0),
+        np.where(inside_TB, rng.integers(0, len(EVENTS), shape), 0),
+        np.where(inside_TB, rng.integers(0, GAP_BUCKETS, shape), 0),
+        lens_B,
+    )
+
+
+def real_histories(held: Sequences, history: int) -> Histories | None:
+    """The last known interactions of the last sequences; None where there are none."""
+    known = held.select(held.item_P != UNKNOWN)
+    if not known.num_sequences:
+        return None
+    end_B = known.start_S1[1:][-GATE_USERS:]
+    lens_B = np.minimum(known.sizes()[-GATE_USERS:], history)
+    step_TB = np.arange(int(lens_B.max()))[:, None]
+    inside_TB = step_TB < lens_B
+    at_TB = np.where(inside_TB, end_B - lens_B + step_TB, 0)
+    item_TB, event_TB, gap_TB = (
+        np.where(inside_TB, column[at_TB], 0)
+        for column in (known.item_P, known.event_P, known.gap_P)
+    )
+    return Histories(item_TB, event_TB, gap_TB, lens_B.astype(np.int32))
+
+
+@torch.no_grad()
+def torch_states(model: Recommender, tables: Tables, histories: Histories) -> F32:
+    """(B, S) states by torch, user by user and so without any padding."""
+    settings = model.settings
+    model.eval()
+    device = model.bias.device
+    states = []
+    for user, length in enumerate(histories.lens_B.tolist()):
+        item, event, gap = (
+            torch.from_numpy(column[:length, user : user + 1]).to(device)
+            for column in histories[:3]
+        )
+        x_T1D = torch.from_numpy(tables.step_ND).to(device)[item]
+        x_T1D = model.add_context(x_T1D, Steps(item, event, gap))
+        zero = torch.zeros(settings.layers, 1, settings.units, device=device)
+        state = model.advance(x_T1D, (zero,) * len(state_names(model)))
+        states.append(torch.cat([tensor[:, 0].reshape(-1) for tensor in state]))
+    result: F32 = torch.stack(states).cpu().numpy()
+    return result
+
+
+@torch.no_grad()
+def torch_queries(model: Recommender, state_BS: F32) -> F32:
+    """(B, D + 1) queries by torch, the 1 for the bias included."""
+    settings = model.settings
+    end = settings.layers * settings.units
+    h_BH = torch.from_numpy(state_BS[:, end - settings.units : end]).to(model.bias.device)
+    q_BD: F32 = model.query(h_BH).cpu().numpy()
+    return np.concatenate([q_BD, np.ones((len(q_BD), 1), np.float32)], axis=1)
+
+
+def _compare(
+    folder: Path,
+    kind: str,
+    histories: Histories,
+    model: Recommender,
+    tables: Tables,
+    engine: Engine,
+    scanner: Scanner,
+) -> None:
+    where = f"{kind} histories"
+    whole_BS = advance_whole(engine, tables.step_ND, histories)
+    steps_BS = advance_stepwise(engine, tables.step_ND, histories)
+    torch_BS = torch_states(model, tables, histories)
+    _close(folder, f"{where}: steps against sequence", steps_BS, whole_BS, TOLERANCE)
+    _close(folder, f"{where}: ONNX against torch", whole_BS, torch_BS, TOLERANCE)
+    query_BD, torch_BD = engine.query(whole_BS), torch_queries(model, torch_BS)
+    _close(folder, f"{where}: query against torch", query_BD, torch_BD, TOLERANCE)
+    _, rows_BK = scanner.top(query_BD, min(GATE_K, len(tables.rows)))
+    score_BN = torch_BD @ tables.scan_ND.T
+    # Position by position, torch's score of what the engine lists is torch's own score there: the
+    # same list, but for items that torch, too, holds equal.
+    listed_BK = np.take_along_axis(score_BN, rows_BK, axis=1)
+    best_BK = -np.sort(-score_BN, axis=1)[:, : rows_BK.shape[1]]
+    hidden = [row for row, item in enumerate(tables.rows) if not item.available]
+    if hidden:  # workers mask them, so torch must, too
+        score_BN[:, hidden] = -np.inf
+        best_BK = -np.sort(-score_BN, axis=1)[:, : rows_BK.shape[1]]
+        listed_BK = np.take_along_axis(score_BN, rows_BK, axis=1)
+    finite = np.isfinite(best_BK)
+    _close(folder, f"{where}: top-{GATE_K}", listed_BK[finite], best_BK[finite], 2 * TOLERANCE)
+
+
+def advance_whole(engine: Engine, step_ND: F32, histories: Histories) -> F32:
+    """(B, S) states after one call with all steps."""
+    return engine.advance(
+        engine.zero_state(len(histories.lens_B)),
+        step_ND[histories.item_TB],
+        histories.lens_B,
+        event_TB=histories.event_TB,
+        gap_TB=histories.gap_TB,
+    )
+
+
+def advance_stepwise(engine: Engine, step_ND: F32, histories: Histories) -> F32:
+    """(B, S) states after one call per step, each with the users who still have one."""
+    state_BS = engine.zero_state(len(histories.lens_B))
+    for step in range(int(histories.lens_B.max())):
+        users = np.flatnonzero(histories.lens_B > step)
+        state_BS[users] = engine.advance(
+            state_BS[users],
+            step_ND[histories.item_TB[step : step + 1, users]],
+            np.ones(len(users), np.int32),
+            event_TB=histories.event_TB[step : step + 1, users],
+            gap_TB=histories.gap_TB[step : step + 1, users],
+        )
+    return state_BS
+
+
+def _close(folder: Path, check: str, found: F32, expected: F32, tolerance: float) -> None:
+    if found.shape != expected.shape:
+        raise ContractError(
+            f"release {folder.name}: export gate, {check}: shape {found.shape}, "
+            f"expected {expected.shape}; not published",
+            reason="export-gate",
+        )
+    if not found.size:
+        return
+    allowed = tolerance * np.maximum(1.0, np.abs(expected).max())
+    worst = float(np.abs(found - expected).max())
+    if not worst <= allowed:  # a NaN fails, too
+        raise ContractError(
+            f"release {folder.name}: export gate, {check}: differs by {worst:.2e}, "
+            f"at most {allowed:.0e} is allowed; not published",
+            reason="export-gate",
+        )
+
+
+def _record_self_test(
+    folder: Path, manifest: Manifest, tables: Tables, rng: np.random.Generator
+) -> None:
+    """Keys `x, lens, event, gap, state` and, by the engine itself, `state_next, query`."""
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    shape = (SELF_TEST_STEPS, SELF_TEST_USERS)
+    lens = (np.arange(SELF_TEST_USERS) % SELF_TEST_STEPS + 1).astype(np.int32)
+    inside_TB = np.arange(SELF_TEST_STEPS)[:, None] < lens
+    item_TB = rng.integers(0, len(tables.rows), shape)
+    state_BS = rng.uniform(-0.5, 0.5, (SELF_TEST_USERS, manifest.state_floats))
+    feed: dict[str, Any] = {
+        "x": np.where(inside_TB[:, :, None], tables.step_ND[item_TB], np.float32(0)),
+        "lens": lens,
+        "event": np.where(inside_TB, rng.integers(0, len(EVENTS), shape), 0),
+        "gap": np.where(inside_TB, rng.integers(0, GAP_BUCKETS, shape), 0),
+        "state": state_BS.astype(np.float32),
+    }
+    after_BS = engine.advance(
+        feed["state"], feed["x"], feed["lens"], event_TB=feed["event"], gap_TB=feed["gap"]
+    )
+    query_BD = engine.query(after_BS)
+    if not np.isfinite(query_BD).all():
+        raise ContractError(
+            f"release {folder.name}: the query graph gives non-finite numbers", reason="non-finite"
+        )
+    np.savez(folder / SELF_TEST_NAME, **feed, state_next=after_BS, query=query_BD)

@@ -1,0 +1,350 @@
+"""The training loop: epochs, early stopping, checkpoints that resume exactly.
+
+Knows no files but its checkpoint, and nothing of ONNX or releases. Every epoch draws its random
+numbers from (seed, epoch), so that a run that was cut off goes on as if it had not been.
+"""
+
+import hashlib
+import math
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.training.data import Held, Sequences, batches, windows
+from afterclick.training.evaluate import model_ranks, rates
+from afterclick.training.losses import Candidates, next_item_loss
+from afterclick.training.model import Recommender, Steps
+from afterclick.training.settings import TrainingSettings
+
+BETAS = (0.9, 0.99)
+"""AdamW's memory; a shorter one for squares than usual, because item rows see few gradients."""
+
+WARM_UP = 0.1
+"""Share of the run in which the learning rate rises."""
+
+FINAL = 1 << 20
+"""Added to the epoch's number in the seed of the last passes over all data."""
+
+
+class Epoch(msgspec.Struct, frozen=True, kw_only=True):
+    """What one pass over the training part gave."""
+
+    epoch: int
+    """From 1."""
+    loss: float
+    """Mean over predictions, in nats; over a sample of the catalogue where that is larger than
+    `softmax_items`.
+    """
+    hit_rate_20: float | None = None
+    """On the validation part; None without one."""
+    mrr_20: float | None = None
+    seconds: float
+    final: bool = False
+    """A pass over all data, after the best epoch."""
+
+
+class Fitted(NamedTuple):
+    """A trained model and how it came about."""
+
+    model: Recommender
+    curve: list[Epoch]
+    best_epoch: int
+    validation: dict[str, float]
+    """Rates of the best epoch, before the last passes over all data; empty without validation."""
+    validation_state: dict[str, torch.Tensor]
+    """Weights of the best epoch."""
+
+
+class _Run:
+    """Everything a checkpoint holds."""
+
+    def __init__(self, num_items: int, settings: TrainingSettings, num_batches: int) -> None:
+        self.model = Recommender(num_items, settings).to(device_of(settings))
+        self.optimiser = _optimiser(self.model, settings, settings.learning_rate)
+        self.total_steps = max(1, settings.epochs * num_batches)
+        self.step = 0
+        self.curve: list[Epoch] = []
+        self.best_epoch = 0
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_rates: dict[str, float] = {}
+
+    def dump(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "curve": [msgspec.structs.asdict(epoch) for epoch in self.curve],
+            "best_epoch": self.best_epoch,
+            "best": self.best,
+            "best_rates": self.best_rates,
+        }
+
+    def load(self, data: dict[str, Any]) -> None:
+        self.model.load_state_dict(data["model"])
+        self.optimiser.load_state_dict(data["optimiser"])
+        self.step = data["step"]
+        self.curve = [Epoch(**epoch) for epoch in data["curve"]]
+        self.best_epoch = data["best_epoch"]
+        self.best = data["best"]
+        self.best_rates = data["best_rates"]
+
+
+def fit(
+    train: Sequences,
+    held: Held | None,
+    num_items: int,
+    settings: TrainingSettings,
+    *,
+    everything: Sequences | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    until_epoch: int | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_batch: Callable[[float], None] = lambda share: None,
+) -> Fitted:
+    """Train a model.
+
+    Args:
+        train: part to learn from; codes below `num_items`.
+        held: validation part, whose items the training part knows or are `UNKNOWN`.
+        num_items: rows of the item table.
+        settings: the run's settings.
+        everything: training and validation part for the last passes; None leaves them out.
+        checkpoint: file written after every epoch; None keeps none.
+        resume: go on from the checkpoint where there is one.
+        until_epoch: stop after this epoch, as if cut off: no last passes follow.
+        on_epoch: told of every epoch.
+        on_batch: told which share of an epoch is done, after every mini-batch.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there, or the checkpoint to resume belongs to
+            other settings or other data.
+        ContractError: there is nothing to learn from, or the loss is not finite.
+    """
+    _prepare(settings)
+    begin_W, size_W = windows(train, settings.history)
+    if not len(begin_W):
+        raise ContractError(
+            "training: no user has two clicks on known items, so there is nothing to learn from",
+            reason="no-transitions",
+        )
+    # One epoch's number of batches hardly varies; the schedule needs it beforehand.
+    num_batches = -(-int((size_W - 1).sum()) // settings.batch_events)
+    torch.manual_seed(settings.seed)
+    run = _Run(num_items, settings, num_batches)
+    name = _fingerprint(train, held, num_items, settings)
+    if checkpoint is not None and resume and checkpoint.is_file():
+        _restore(run, checkpoint, name)
+    last = settings.epochs if until_epoch is None else min(until_epoch, settings.epochs)
+    while len(run.curve) < last and not _exhausted(run, settings, held):
+        started_s = time.monotonic()
+        number = len(run.curve) + 1
+        rate_at = _one_cycle(run, settings)
+        loss = _epoch(run, train, settings, seed=number, rate_at=rate_at, on_batch=on_batch)
+        found = rates(model_ranks(run.model, held)) if held is not None else {}
+        epoch = Epoch(
+            epoch=number,
+            loss=loss,
+            hit_rate_20=found.get("hit_rate_20"),
+            mrr_20=found.get("mrr_20"),
+            seconds=round(time.monotonic() - started_s, 3),
+        )
+        run.curve.append(epoch)
+        if not found or found["mrr_20"] > run.best_rates.get("mrr_20", -1.0):
+            run.best_epoch, run.best_rates = number, found
+            run.best = {key: value.clone() for key, value in run.model.state_dict().items()}
+        if checkpoint is not None:
+            _save(run, checkpoint, name)
+        on_epoch(epoch)
+    run.model.load_state_dict(run.best)
+    best = {key: value.clone() for key, value in run.best.items()}
+    if everything is not None and until_epoch is None and held is not None:
+        _last_passes(run, everything, settings, on_epoch, on_batch)
+    run.model.eval()
+    return Fitted(run.model, run.curve, run.best_epoch, run.best_rates, best)
+
+
+def device_of(settings: TrainingSettings) -> torch.device:
+    """Where torch computes.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if settings.device == "cuda":
+        raise ConfigError(
+            "device: asked for 'cuda', but torch finds no GPU here; set device to 'cpu' or 'auto'"
+        )
+    return torch.device("cpu")
+
+
+def _prepare(settings: TrainingSettings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
+def _optimiser(
+    model: Recommender, settings: TrainingSettings, rate: float
+) -> torch.optim.Optimizer:
+    free = {"bias", "scale"}
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for name, weight in named if name not in free]},
+        {"params": [weight for name, weight in named if name in free], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=rate,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _one_cycle(run: _Run, settings: TrainingSettings) -> Callable[[int], float]:
+    """Learning rate by step number: a straight rise, then half a cosine down to almost nothing."""
+    if settings.rate_schedule == "constant":
+        return lambda step: settings.learning_rate
+
+    def rate(step: int) -> float:
+        done = step / run.total_steps
+        if done < WARM_UP:
+            return settings.learning_rate * (0.04 + 0.96 * done / WARM_UP)
+        left = min(1.0, (done - WARM_UP) / (1 - WARM_UP))
+        return settings.learning_rate * max(1e-4, 0.5 * (1 + math.cos(math.pi * left)))
+
+    return rate
+
+
+def _epoch(
+    run: _Run,
+    part: Sequences,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    rate_at: Callable[[int], float],
+    on_batch: Callable[[float], None],
+) -> float:
+    """One pass; returns the mean loss per prediction."""
+    rng = np.random.default_rng([settings.seed, seed])
+    torch.manual_seed(int(rng.integers(1 << 62)))
+    model, device = run.model, run.model.bias.device
+    model.train()
+    candidates = Candidates(
+        np.bincount(part.item_P, minlength=model.num_items), settings.softmax_items
+    )
+    begin_W, size_W = windows(part, settings.history)
+    total, count, predictions = 0.0, 0, int((size_W - 1).sum())
+    for members in batches(size_W - 1, settings.batch_events, rng):
+        step_TB = np.arange(int(size_W[members].max()) - 1)[:, None]
+        inside_TB = step_TB < (size_W[members] - 1)[None, :]
+        at_TB = np.where(inside_TB, begin_W[members][None, :] + step_TB, 0)
+        target_X = part.item_P[at_TB[inside_TB] + 1]
+        steps = Steps(
+            *(
+                torch.from_numpy(column[at_TB]).to(device)
+                for column in (part.item_P, part.event_P, part.gap_P)
+            )
+        )
+        h_XH = model.hidden(steps)[torch.from_numpy(inside_TB).to(device)]
+        loss = next_item_loss(model, h_XH, target_X, candidates.draw(target_X, rng))
+        for group in run.optimiser.param_groups:
+            group["lr"] = rate_at(run.step)
+        run.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        run.optimiser.step()
+        run.step += 1
+        total += loss.item() * len(target_X)
+        count += len(target_X)
+        on_batch(count / predictions)
+    mean = total / count
+    if not math.isfinite(mean):
+        raise ContractError(
+            f"training: the loss became {mean}; lower the learning rate "
+            f"(now {settings.learning_rate:g})",
+            reason="non-finite",
+        )
+    return mean
+
+
+def _last_passes(
+    run: _Run,
+    everything: Sequences,
+    settings: TrainingSettings,
+    on_epoch: Callable[[Epoch], None],
+    on_batch: Callable[[float], None],
+) -> None:
+    """Learn from all data, the newest included, from the best epoch on."""
+    if not settings.final_epochs:
+        return
+    start = settings.learning_rate * settings.final_rate
+    run.optimiser = _optimiser(run.model, settings, start)
+    run.step = 0
+    steps = int((windows(everything, settings.history)[1] - 1).sum()) / settings.batch_events
+    total = max(1.0, settings.final_epochs * steps)
+    for number in range(1, settings.final_epochs + 1):
+        started_s = time.monotonic()
+        loss = _epoch(
+            run,
+            everything,
+            settings,
+            seed=FINAL + number,
+            rate_at=lambda step: start * max(1e-3, 1 - step / total),
+            on_batch=on_batch,
+        )
+        seconds = round(time.monotonic() - started_s, 3)
+        epoch = Epoch(epoch=len(run.curve) + 1, loss=loss, seconds=seconds, final=True)
+        run.curve.append(epoch)
+        on_epoch(epoch)
+
+
+def _exhausted(run: _Run, settings: TrainingSettings, held: Held | None) -> bool:
+    return held is not None and len(run.curve) - run.best_epoch >= settings.patience
+
+
+def _fingerprint(
+    train: Sequences, held: Held | None, num_items: int, settings: TrainingSettings
+) -> str:
+    """Names settings and data; a constant rate leaves the number of epochs open."""
+    if settings.rate_schedule == "constant":
+        settings = msgspec.structs.replace(settings, epochs=1)
+    digest = hashlib.sha256(msgspec.json.encode(settings))
+    digest.update(str(num_items).encode())
+    for part in (train, *(() if held is None else (held.sequences,))):
+        for column in (part.start_S1, part.item_P, part.event_P, part.gap_P):
+            digest.update(column.tobytes())
+    return digest.hexdigest()
+
+
+def _save(run: _Run, checkpoint: Path, name: str) -> None:
+    """Replace the checkpoint in one step, so that a crash leaves the one before."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    fresh = checkpoint.with_suffix(".new")
+    torch.save({"fingerprint": name, **run.dump()}, fresh)
+    fresh.replace(checkpoint)
+
+
+def _restore(run: _Run, checkpoint: Path, name: str) -> None:
+    try:
+        data = torch.load(checkpoint, weights_only=True, map_location=run.model.bias.device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"checkpoint {checkpoint}: cannot be read: {error}; train without --resume"
+        ) from error
+    if data.get("fingerprint") != name:
+        raise ConfigError(
+            f"checkpoint {checkpoint}: belongs to other settings or other data; repeat the command "
+            "that wrote it, or train without --resume"
+        )
+    run.load(data)

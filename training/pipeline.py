@@ -1,0 +1,327 @@
+"""One training run from a source to a published release: what `afterclick train` does.
+
+Knows no command line. Order: fold's rules, split, fit, baselines, tables, files, gate, store,
+report. Nothing is published before the gate has passed.
+"""
+
+import logging
+import secrets
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from afterclick.serving.errors import ContractError
+from afterclick.serving.manifest import Manifest
+from afterclick.serving.releases import ReleaseStore
+from afterclick.serving.settings import ServingSettings
+from afterclick.training.baselines import evaluate_baselines
+from afterclick.training.data import (
+    UNKNOWN,
+    Columns,
+    Held,
+    Sequences,
+    build_log,
+    held_out,
+    newest,
+    recode,
+    split,
+)
+from afterclick.training.evaluate import model_ranks, rates
+from afterclick.training.export import Tables, build_tables, check_release, write_release
+from afterclick.training.fit import Epoch, Fitted, fit
+from afterclick.training.progress import Silent, Teller
+from afterclick.training.report import write_report
+from afterclick.training.settings import TrainingSettings
+from afterclick.training.sources import Source
+
+REPORTS = "reports"
+CHECKPOINTS = "checkpoints"
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run made; the last line of `afterclick train --json`."""
+
+    release: str
+    publication: int | None
+    """Number; None where the release was not published."""
+    report: str
+    """Path of the picture."""
+    metrics: dict[str, dict[str, float]]
+    """Rates on the validation part, by method."""
+    test: dict[str, dict[str, float] | float]
+    """On the test file: `hit_rate_20`, `mrr_20`, `predictions` of the model, and `baselines`."""
+    num_events: int
+    num_items: int
+    num_bad: int
+    """Records of the topics that were left out because they are malformed."""
+    num_duplicates: int
+    curve: list[Epoch]
+    seconds: float
+
+
+class _Data(NamedTuple):
+    item_ids: list[str]
+    train: Sequences
+    held: Held | None
+    everything: Sequences
+    num_duplicates: int
+
+
+def train_release(
+    source: Source,
+    settings: TrainingSettings,
+    serving: ServingSettings,
+    *,
+    test: Columns | None = None,
+    publish: bool = True,
+    resume: bool = False,
+    teller: Teller | None = None,
+) -> Outcome:
+    """Train, export, check, store and publish.
+
+    Args:
+        source: clicks and items.
+        settings: of the run.
+        serving: where releases go, and the rules of the fold.
+        test: clicks of held-out sequences, evaluated with the finished release.
+        publish: make it the release to serve.
+        resume: go on from the checkpoint beside the releases.
+        teller: told of every stage.
+
+    Raises:
+        ContractError: nothing to learn from, or the export gate refused the release.
+        ConfigError: see `fit`.
+        UnavailableError: the place of the releases does not answer.
+    """
+    started_s = time.monotonic()
+    teller = teller or Silent()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    data = _prepare(source, settings, serving)
+    teller.stage(
+        "train",
+        events=data.everything.num_events,
+        sequences=data.everything.num_sequences,
+        items=len(data.item_ids),
+        epochs=settings.epochs + (settings.final_epochs if data.held is not None else 0),
+        bad_records=source.num_bad,
+    )
+    fitted = _fit(data, settings, serving, resume=resume, teller=teller)
+    metrics = _metrics(data, fitted, serving, teller)
+    trained_N = _clicked(data.everything if settings.final_epochs else data.train, data)
+    tables = build_tables(fitted.model, data.item_ids, trained_N, source.items)
+    tested = _test(test, data, fitted, tables, serving, teller)
+    teller.stage("export")
+    manifest = _export(source, data, fitted, tables, metrics, tested, settings, serving)
+    publication = None
+    if publish:
+        publication = _store(serving).publish(manifest.release).number
+        teller.stage("published", release=manifest.release, publication=publication)
+    report = _side_folder(serving, REPORTS) / f"{manifest.release}.png"
+    write_report(report, f"release {manifest.release}", fitted.curve, metrics)
+    teller.stage("report", path=str(report))
+    return Outcome(
+        release=manifest.release,
+        publication=publication,
+        report=str(report),
+        metrics=metrics,
+        test=_outcome_of(tested),
+        num_events=data.everything.num_events,
+        num_items=len(tables.rows),
+        num_bad=source.num_bad,
+        num_duplicates=data.num_duplicates,
+        curve=fitted.curve,
+        seconds=round(time.monotonic() - started_s, 3),
+    )
+
+
+def release_id(now: datetime) -> str:
+    """Name of a release: when it was made, and four letters so that two never meet."""
+    return f"{now:%Y-%m-%dT%H-%M-%SZ}-{secrets.token_hex(2)}"
+
+
+def _prepare(source: Source, settings: TrainingSettings, serving: ServingSettings) -> _Data:
+    whole = build_log(source.columns, history=serving.history, idle_ttl_s=serving.idle_ttl_s)
+    item_ids = sorted({*whole.item_ids, *source.items})
+    sequences = recode(whole, item_ids)
+    count_N = np.bincount(sequences.item_P, minlength=len(item_ids))
+    sequences = _forget_items(sequences, count_N >= settings.item_min_count)
+    train, held = split(sequences, settings.validation, settings.split)
+    train = train.select(train.item_P != UNKNOWN)
+    everything = sequences.select(sequences.item_P != UNKNOWN)
+    if not train.num_events:
+        raise ContractError(
+            f"training: no item has {settings.item_min_count} clicks (item_min_count) before the "
+            "validation part",
+            reason="no-transitions",
+        )
+    if held is not None:
+        known_N = np.bincount(train.item_P, minlength=len(item_ids)) > 0
+        held = newest(
+            Held(_forget_items(held.sequences, known_N), held.target_P),
+            settings.validation_events_max,
+        )
+        held = held if held.target_P.any() else None
+    return _Data(item_ids, train, held, everything, whole.num_duplicates)
+
+
+def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
+    item_P = sequences.item_P
+    known_P = (item_P != UNKNOWN) & known_N[np.maximum(item_P, 0)]
+    return sequences._replace(item_P=np.where(known_P, item_P, UNKNOWN))
+
+
+def _clicked(part: Sequences, data: _Data) -> npt.NDArray[np.bool_]:
+    return np.bincount(part.item_P, minlength=len(data.item_ids)) > 0
+
+
+def _fit(
+    data: _Data,
+    settings: TrainingSettings,
+    serving: ServingSettings,
+    *,
+    resume: bool,
+    teller: Teller,
+) -> Fitted:
+    total = settings.epochs + (settings.final_epochs if data.held is not None else 0)
+
+    def on_epoch(epoch: Epoch) -> None:
+        figures = msgspec.structs.asdict(epoch)
+        if not epoch.final:
+            figures.pop("final")
+        teller.stage("fit", **{**figures, "epochs": total})
+
+    return fit(
+        data.train,
+        data.held,
+        len(data.item_ids),
+        settings,
+        everything=data.everything,
+        checkpoint=_side_folder(serving, CHECKPOINTS) / "last.pt",
+        resume=resume,
+        on_epoch=on_epoch,
+        on_batch=teller.share,
+    )
+
+
+def _metrics(
+    data: _Data, fitted: Fitted, serving: ServingSettings, teller: Teller
+) -> dict[str, dict[str, float]]:
+    """Rates on the validation part; empty without one."""
+    if data.held is None:
+        return {}
+    baselines = evaluate_baselines(
+        data.train, data.held, len(data.item_ids), history=serving.history
+    )
+    metrics = {"model": fitted.validation, **baselines}
+    teller.stage("baselines", **_flat(metrics))
+    return metrics
+
+
+def _test(
+    test: Columns | None,
+    data: _Data,
+    fitted: Fitted,
+    tables: Tables,
+    serving: ServingSettings,
+    teller: Teller,
+) -> dict[str, dict[str, float]]:
+    """Rates of the finished tables on a test file; every item of the release may be stepped."""
+    if test is None:
+        return {}
+    unseen = build_log(test, history=serving.history, idle_ttl_s=serving.idle_ttl_s)
+    held = held_out(recode(unseen, data.item_ids), None)
+    if not held.target_P.any():
+        raise ContractError(
+            "test file: no sequence has two clicks, so there is nothing to predict",
+            reason="no-transitions",
+        )
+    device = fitted.model.bias.device
+    rank_X = model_ranks(
+        fitted.model,
+        held,
+        step_ND=torch.from_numpy(tables.step_ND).to(device),
+        scan_ND=torch.from_numpy(tables.scan_ND).to(device),
+    )
+    baselines = evaluate_baselines(
+        data.everything, held, len(data.item_ids), history=serving.history
+    )
+    tested = {"model": rates(rank_X), **baselines}
+    teller.stage("test", **_flat(tested))
+    return tested
+
+
+def _export(
+    source: Source,
+    data: _Data,
+    fitted: Fitted,
+    tables: Tables,
+    metrics: dict[str, dict[str, float]],
+    tested: dict[str, dict[str, float]],
+    settings: TrainingSettings,
+    serving: ServingSettings,
+) -> Manifest:
+    """Write the release, let it through the gate, and move it to its place."""
+    now = datetime.now(UTC)
+    store = _store(serving)
+    folder = store.staging(release_id(now))
+    try:
+        manifest = write_release(
+            folder,
+            fitted.model,
+            tables,
+            created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            history=settings.history,
+            snapshot=source.snapshot,
+            items_offset=source.items_offset,
+            metrics={**metrics, **{f"test/{name}": found for name, found in tested.items()}},
+            seed=settings.seed,
+        )
+        real = data.held.sequences if data.held is not None else data.everything
+        passed = check_release(folder, fitted.model, tables, real, seed=settings.seed)
+        log.info("release %s: gate passed: %s", manifest.release, ", ".join(passed))
+        store.add(folder)
+    except BaseException:
+        shutil.rmtree(folder.parent, ignore_errors=True)  # half a release is of no use to anybody
+        raise
+    return manifest
+
+
+def _outcome_of(tested: dict[str, dict[str, float]]) -> dict[str, dict[str, float] | float]:
+    if not tested:
+        return {}
+    names = ("hit_rate_20", "mrr_20", "predictions")
+    found: dict[str, dict[str, float] | float] = {name: tested["model"][name] for name in names}
+    for method, values in tested.items():
+        if method != "model":
+            found[method] = {name: values[name] for name in names}
+    return found
+
+
+def _flat(metrics: dict[str, dict[str, float]]) -> dict[str, float | dict[str, float]]:
+    """Per method HR@20 and MRR@20, and how many predictions stand behind them."""
+    shown: dict[str, float | dict[str, float]] = {
+        method: {name: values[name] for name in ("hit_rate_20", "mrr_20")}
+        for method, values in metrics.items()
+    }
+    shown["predictions"] = metrics["model"]["predictions"]
+    return shown
+
+
+def _store(serving: ServingSettings) -> ReleaseStore:
+    return ReleaseStore(serving.releases, serving.releases_cache)
+
+
+def _side_folder(serving: ServingSettings, name: str) -> Path:
+    """Local folder beside the releases; a release itself holds exactly its contract's files."""
+    is_remote = "://" in serving.releases
+    return Path(serving.releases_cache if is_remote else serving.releases) / name
