@@ -208,7 +208,9 @@ def local_worker(
     """
     port = int(env.get("AFTERCLICK_STREAMS__PORT") or free_port())
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("AFTERCLICK_")}
-    settings = {"AFTERCLICK_STREAMS__HOST": HOST, **env, "AFTERCLICK_STREAMS__PORT": str(port)}
+    # tansu looks for new records only a few times within a fetch's wait: keep that short.
+    near = {"AFTERCLICK_STREAMS__HOST": HOST, "AFTERCLICK_STREAMS__FETCH_WAIT_MS": "8"}
+    settings = {**near, **env, "AFTERCLICK_STREAMS__PORT": str(port)}
     process = Process(
         f"worker on port {port}",
         afterclick_argv("worker"),
