@@ -8,6 +8,7 @@ import hashlib
 import math
 import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,6 +193,9 @@ def device_of(settings: TrainingSettings) -> torch.device:
 def _prepare(settings: TrainingSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    # Early gradients of rare items are denormal numbers, which cost a CPU a hundred times a
+    # normal one: serenade's first epoch took 92 s, the second 8 s.
+    torch.set_flush_denormal(True)
 
 
 def _optimiser(
@@ -336,6 +340,8 @@ def _save(run: _Run, checkpoint: Path, name: str) -> None:
 
 
 def _restore(run: _Run, checkpoint: Path, name: str) -> None:
+    if not zipfile.is_zipfile(checkpoint):  # torch would take it for its oldest format
+        raise ConfigError(f"checkpoint {checkpoint}: cannot be read; train without --resume")
     try:
         data = torch.load(checkpoint, weights_only=True, map_location=run.model.bias.device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
