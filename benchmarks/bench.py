@@ -1,0 +1,261 @@
+"""`make bench`: clicks a second and click to list, beside ceilings and rivals, in one run.
+
+Prints the machine, a table, then one JSON object as the last line. README.md says what is measured.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from afterclick.streams.local import local_worker
+from afterclick.streams.processes import Process
+from afterclick.streams.verify import verify
+from benchmarks import latency, rivals
+from benchmarks.ceilings import engine_alone, matmul_alone
+from benchmarks.drain import Drain, Rate
+from benchmarks.ground import ROOT, Ground, Options, backlog, fill, ground
+from benchmarks.report import machine, table, write_report
+
+QUICK = {
+    "users": 2_000,
+    "clicks": 3_000,
+    "warm_up": 500,
+    "partitions": 2,
+    "seconds": 1.5,
+    "latency_warm_up_s": 0.5,
+    "rival_seconds": 2.0,
+    "ceiling_seconds": 0.3,
+}
+IDLE_RATE = 5.0
+"""Clicks a second of a stream that is idle between two of them."""
+NAIVE_CHECKED = 20
+"""Users of the naive app whose list is compared: a rival that computes nonsense is no rival."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Clicks a second, and click to list, beside ceilings and rivals."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options, runs, report, machine_name = _parse(arguments)
+    name, words = machine(machine_name)
+    _say(f"machine: {words}")
+    _say(f"options: {msgspec.json.encode(options).decode()}")
+    results = []
+    for at in range(runs):
+        with tempfile.TemporaryDirectory(prefix="afterclick-bench-") as folder:
+            results.append(run_once(options, Path(folder)))
+        _say(f"run {at + 1} of {runs}: {msgspec.json.encode(results[-1]).decode()}")
+    result = _together(results)
+    result["machine"] = name
+    result["failures"] = sorted({words for one in results for words in one["failures"]})
+    lines = table(result, runs)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if report:
+        path = write_report(
+            ROOT / "benchmarks" / "results", name, words, arguments, options, result, lines
+        )
+        _say(f"report: {path.relative_to(ROOT)}")
+    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    return 1 if result["failures"] else 0
+
+
+def run_once(options: Options, folder: Path) -> dict[str, Any]:
+    """Everything once, on fresh servers: ceilings, rivals, the worker, its latencies, the check."""
+    failures: list[str] = []
+    with ground(options, folder) as stage:
+        clicks = backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000)
+        _say(f"filled at {fill(stage, clicks):.0f} clicks/s; ceilings")
+        engine, matmul = engine_alone(stage), matmul_alone(stage)
+        _say("rivals")
+        nothing = _drain_rival(stage, "do-nothing", failures)
+        naive = _drain_rival(stage, "naive", failures)
+        _check_naive(stage, clicks, failures)
+        _say("worker: drain")
+        drain = Drain(
+            lambda: sum(head.next for head in stage.heads()),
+            total=options.clicks,
+            warm_up=options.warm_up,
+            limit_s=300.0,
+        )
+        with local_worker(stage.worker_env, folder) as worker:
+            rate = drain.result()
+            counted = sum(head.clicks for head in stage.heads())
+            if counted != options.clicks:
+                failures.append(f"worker: counted {counted} of {options.clicks} clicks")
+            _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
+            idle = latency.measure(stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds)
+            half = rate.clicks_per_s / 2
+            _say(f"latency at {half:.0f} clicks/s")
+            loaded = latency.measure(stage, "half", rate=half, seconds=options.seconds)
+            if not worker.process.running:
+                failures.append(f"worker: ended: {worker.process.tail()}")
+        for name, found in (("idle", idle), ("half load", loaded)):
+            if found["unseen"] or found["wrong_offset"]:
+                failures.append(
+                    f"latency, {name}: {found['unseen']} lists unseen, {found['wrong_offset']} "
+                    "that do not answer their click"
+                )
+        _say("verify")
+        _verify(stage, options.clicks + idle["sent"] + loaded["sent"], failures)
+    return {
+        "clicks_per_s": round(rate.clicks_per_s, 1),
+        "engine_clicks_per_s": round(engine.clicks_per_s, 1),
+        "matmul_clicks_per_s": round(matmul.clicks_per_s, 1),
+        "do_nothing_agent_clicks_per_s": round(nothing.clicks_per_s, 1),
+        "naive_clicks_per_s": round(naive.clicks_per_s, 1),
+        "ratios": {
+            "end_to_end_of_engine": round(rate.clicks_per_s / engine.clicks_per_s, 3),
+            "engine_of_matmul": round(engine.clicks_per_s / matmul.clicks_per_s, 3),
+            "end_to_end_of_do_nothing": round(rate.clicks_per_s / nothing.clicks_per_s, 3),
+            "end_to_end_of_naive": round(rate.clicks_per_s / naive.clicks_per_s, 3),
+        },
+        "latency_ms": loaded,
+        "idle_latency_ms": idle,
+        "timed_clicks": {
+            "end_to_end": rate.clicks, "do_nothing": nothing.clicks, "naive": naive.clicks,
+        },
+        "layouts": {"engine": engine.layout, "matmul": matmul.layout},
+        "failures": failures,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _rival(stage: Ground, name: str) -> Iterator[rivals.Task]:
+    task = rivals.Task(
+        broker=stage.streams.broker,
+        topic=stage.streams.clicks_topic,
+        redis=stage.serving.redis,
+        folder=str(stage.folder),
+        release=str(stage.release_folder),
+        k=stage.serving.k + stage.serving.margin,
+    )
+    process = Process(
+        f"rival {name}",
+        [sys.executable, "-m", "benchmarks.rivals", name],
+        log=stage.folder / f"rival-{name}.log",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RIVAL": msgspec.json.encode(task).decode()},
+    )
+    process.start()
+    try:
+        yield task
+    except RuntimeError as error:
+        raise RuntimeError(f"{process.name}: {error}; it said:\n{process.tail()}") from error
+    finally:
+        process.kill()  # a graceful stop would wait for its commits; nothing of it is needed
+
+
+def _drain_rival(stage: Ground, name: str, failures: list[str]) -> Rate:
+    options = stage.options
+    # The naive app needs some seconds for what others warm up with.
+    warm_up = options.warm_up if name == "do-nothing" else options.warm_up // 10
+    with _rival(stage, name) as task:
+        key = task.done_key(name)
+        rate = Drain(
+            lambda: int(stage.redis.get(key) or 0),
+            total=options.clicks,
+            warm_up=warm_up,
+            limit_s=options.rival_seconds,
+        ).result()
+    taken = int(stage.redis.get(key) or 0)
+    if taken > options.clicks or (rate.complete and taken != options.clicks):
+        failures.append(f"{name}: took {taken} of {options.clicks} clicks")
+    return rate
+
+
+def _check_naive(stage: Ground, clicks: list[Any], failures: list[str]) -> None:
+    """Lists in Redis against one computed here, for users whose last click is surely behind."""
+    model = rivals.NaiveModel(stage.release_folder, stage.serving.k + stage.serving.margin)
+    histories: dict[str, list[Any]] = {}
+    for click in clicks:
+        histories.setdefault(click.user_id, []).append(click)
+    checked = 0
+    for user, history in histories.items():
+        data = stage.redis.get(rivals.naive_key(user))
+        if data is None:
+            continue
+        # It may stand at any click of the user: the app was stopped on its way.
+        answers = [model.click(user, click.item_id, click.timestamp_ms) for click in history]
+        if msgspec.json.decode(data) not in answers:
+            failures.append(f"naive: the list of {user} answers none of its clicks")
+        checked += 1
+        if checked == NAIVE_CHECKED:
+            return
+    failures.append(f"naive: only {checked} lists to check")
+
+
+def _verify(stage: Ground, num_clicks: int, failures: list[str]) -> None:
+    found = verify(stage.serving, stage.streams)
+    if found.differences or found.lost or found.doubled or found.behind:
+        failures.append(f"verify: {msgspec.json.encode(found).decode()}")
+    elif found.clicks != num_clicks:
+        failures.append(f"verify: {found.clicks} clicks folded, {num_clicks} were sent")
+
+
+def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of several runs; `spread` holds lowest and highest of each rate and ratio."""
+    result = _median(results)
+    if len(results) > 1:
+        flat = [{**{k: v for k, v in one.items() if k.endswith("_per_s")}, **one["ratios"]}
+                for one in results]  # fmt: skip
+        result["spread"] = {
+            key: [min(one[key] for one in flat), max(one[key] for one in flat)] for key in flat[0]
+        }
+    result["runs"] = len(results)
+    return result
+
+
+def _median(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _median([value[key] for value in values]) for key in first}
+    if isinstance(first, bool) or not isinstance(first, int | float):
+        return first
+    numbers = [value for value in values if value is not None]
+    return round(statistics.median(numbers), 3) if numbers else None
+
+
+def _parse(argv: Sequence[str]) -> tuple[Options, int, bool, str]:
+    parser = argparse.ArgumentParser(prog="make bench", description=main.__doc__)
+    sizes = ("items", "units", "k", "users", "clicks", "partitions", "seed")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--seconds", type=float, help="of each latency measurement")
+    parser.add_argument("--runs", type=int, default=1, help="median and spread of several")
+    parser.add_argument("--broker", choices=("tansu", "kafka"))
+    parser.add_argument("--quick", action="store_true", help="some seconds; proves the harness")
+    parser.add_argument("--report", action="store_true", help="write it to benchmarks/results/")
+    parser.add_argument("--machine", default="", help="name in the report; made up otherwise")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker"
+    )
+    given = parser.parse_args(argv)
+    chosen = {"quick": given.quick, **(QUICK if given.quick else {})}
+    for name in (*sizes, "seconds", "broker"):
+        if getattr(given, name) is not None:
+            chosen[name] = getattr(given, name)
+    chosen["worker_env"] = dict(pair.split("=", 1) for pair in given.set)
+    options = Options(**chosen)
+    warm_up = min(options.warm_up, options.clicks // 3)
+    return (
+        msgspec.structs.replace(options, warm_up=warm_up),
+        max(1, given.runs),
+        given.report,
+        given.machine,
+    )
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"bench {time.strftime('%H:%M:%S')}: {words}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

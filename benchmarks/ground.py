@@ -1,0 +1,168 @@
+"""What every contestant of one run stands on: broker, Redis, one release, one topic full of clicks.
+
+Knows no contestant. Everything is made from the seed, so two runs feed the same bytes.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import redis
+from kafka import KafkaProducer
+
+from afterclick.serving.keys import Keys
+from afterclick.serving.manifest import Publication
+from afterclick.serving.records import Head
+from afterclick.serving.releases import LoadedRelease, ReleaseStore
+from afterclick.serving.settings import ServingSettings
+from afterclick.streams.admin import client_config, create_topics
+from afterclick.streams.events import Click, encode
+from afterclick.streams.local import local_broker, local_kafka, local_redis
+from afterclick.streams.settings import StreamsSettings
+from tests.tiny_release import write_tiny_release
+
+ROOT = Path(__file__).parents[1]
+ZIPF_EXPONENT = 0.9
+"""Of item popularity; users are uniform, so that next to no two clicks of a chunk share a scan."""
+NAMESPACE = "bench"
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run is made of."""
+
+    items: int = 20_000
+    units: int = 128
+    k: int = 50
+    users: int = 20_000
+    clicks: int = 60_000
+    warm_up: int = 10_000
+    """Clicks of the backlog that pass before the clock starts."""
+    partitions: int = 4
+    seconds: float = 20.0
+    """Length of each latency measurement."""
+    latency_warm_up_s: float = 3.0
+    """Load of the same rate before it, sent and not counted."""
+    rival_seconds: float = 15.0
+    """Longest drain that is timed; the naive app does not reach the end of the backlog."""
+    ceiling_seconds: float = 4.0
+    seed: int = 7
+    broker: str = "tansu"
+    worker_env: dict[str, str] = {}
+    quick: bool = False
+
+
+class Ground(NamedTuple):
+    """Servers, settings and the release of one run."""
+
+    options: Options
+    folder: Path
+    serving: ServingSettings
+    streams: StreamsSettings
+    publication: Publication
+    release_folder: Path
+    redis: "redis.Redis"
+    keys: Keys
+
+    def load(self, *, threads: int) -> LoadedRelease:
+        """The release, for this process."""
+        settings = msgspec.structs.replace(self.serving, threads=threads)
+        return LoadedRelease(self.publication, self.release_folder, settings)
+
+    @property
+    def worker_env(self) -> dict[str, str]:
+        """Settings of the worker under test: defaults, but for where things are and K."""
+        return {
+            "AFTERCLICK_STREAMS__BROKER": self.streams.broker,
+            "AFTERCLICK_SERVING__REDIS": self.serving.redis,
+            "AFTERCLICK_SERVING__RELEASES": self.serving.releases,
+            "AFTERCLICK_SERVING__NAMESPACE": self.serving.namespace,
+            "AFTERCLICK_SERVING__K": str(self.serving.k),
+            "AFTERCLICK_SERVING__PROVIDER": "cpu",
+            **self.options.worker_env,
+        }
+
+    def heads(self) -> list[Head]:
+        """How far each partition is folded."""
+        found = self.redis.mget([self.keys.head(p) for p in range(self.options.partitions)])
+        return [msgspec.json.decode(head, type=Head) if head else Head() for head in found]
+
+
+@contextlib.contextmanager
+def ground(options: Options, folder: Path) -> Iterator[Ground]:
+    """Start the servers, make topics and the release."""
+    with contextlib.ExitStack() as stack:
+        if options.broker == "kafka":
+            cache = ROOT / ".cache" / "kafka"
+            broker = stack.enter_context(local_kafka(folder / "broker", cache=cache))
+        else:
+            broker = stack.enter_context(local_broker(folder / "broker"))
+        server = stack.enter_context(local_redis(folder / "redis"))
+        streams = StreamsSettings(broker=broker.address)
+        create_topics(streams, partitions=options.partitions, replication=1)
+        serving = ServingSettings(
+            redis=server.url,
+            namespace=NAMESPACE,
+            releases=str(folder / "releases"),
+            k=options.k,
+            provider="cpu",
+        )
+        store = ReleaseStore(serving.releases)
+        staged = store.staging("random")
+        write_tiny_release(staged, num_items=options.items, units=options.units, seed=options.seed)
+        store.add(staged)
+        publication = store.publish("random")
+        client = redis.Redis.from_url(server.url)
+        stack.callback(client.close)
+        yield Ground(
+            options,
+            folder,
+            serving,
+            streams,
+            publication,
+            store.fetch("random"),
+            client,
+            Keys(NAMESPACE),
+        )
+
+
+def item_ids(options: Options, rng: np.random.Generator, num: int) -> list[str]:
+    """Items as clicks draw them: Zipf."""
+    weights = np.arange(1, options.items + 1) ** -ZIPF_EXPONENT
+    rows = rng.choice(options.items, size=num, p=weights / weights.sum())
+    return [f"i{row:05d}" for row in rows]
+
+
+def backlog(options: Options, *, end_ms: int) -> list[Click]:
+    """The clicks that every contestant drains, one a millisecond up to `end_ms`."""
+    rng = np.random.default_rng(options.seed)
+    users = rng.integers(0, options.users, options.clicks)
+    items = item_ids(options, rng, options.clicks)
+    return [
+        Click(
+            user_id=f"u{user}",
+            item_id=item,
+            timestamp_ms=end_ms - options.clicks + at,
+            event_id=f"b{at}",
+        )
+        for at, (user, item) in enumerate(zip(users.tolist(), items, strict=True))
+    ]
+
+
+def fill(stage: Ground, clicks: list[Click]) -> float:
+    """Produce clicks and wait until the broker has them; clicks a second."""
+    producer = KafkaProducer(**client_config(stage.streams), acks=1, linger_ms=5)
+    begun_s = time.perf_counter()
+    futures = []
+    for click in clicks:
+        key, value = encode(click)
+        futures.append(producer.send(stage.streams.clicks_topic, key=key, value=value))
+    producer.flush(timeout=120)
+    for future in futures:
+        future.get(timeout=30)
+    took_s = time.perf_counter() - begun_s
+    producer.close()
+    return len(clicks) / took_s

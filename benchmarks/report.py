@@ -1,0 +1,102 @@
+"""The machine in words, the table, and the report with its command; never a host's name."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnxruntime
+
+from benchmarks.ground import Options
+
+
+def machine(name: str) -> tuple[str, str]:
+    """Short name for files (`2-core-amd-epyc`), and a line that says more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        model = found.group(1).strip() if found else model
+    short = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)|cpu|@.*", "", model.lower())).strip("-")
+    load = os.getloadavg()[0]
+    words = (
+        f"{cores} cores, {model}, load {load:.1f} before; Python {platform.python_version()}, "
+        f"ONNX Runtime {onnxruntime.__version__}; broker, worker, Redis, load and reader share them"
+    )
+    return name or f"{cores}-core-{short}", words
+
+
+def table(result: dict[str, Any], runs: int) -> list[str]:
+    """Rates with their ratios, then latencies, as Markdown."""
+    ratios, spread = result["ratios"], result.get("spread", {})
+
+    def rate(key: str) -> str:
+        low_high = spread.get(key)
+        text = f"{result[key]:,.0f}"
+        return f"{text} ({low_high[0]:,.0f}–{low_high[1]:,.0f})" if low_high else text
+
+    def ratio(key: str) -> str:
+        low_high = spread.get(key)
+        text = f"{ratios[key]:.2f}"
+        return f"{text} ({low_high[0]:.2f}–{low_high[1]:.2f})" if low_high else text
+
+    head = "clicks/s" if runs == 1 else f"clicks/s, median of {runs} (lowest–highest)"
+    lines = [
+        f"| | {head} | end to end ÷ this |",
+        "|---|---|---|",
+        f"| bare ONNX matrix product | {rate('matmul_clicks_per_s')} | |",
+        f"| engine alone | {rate('engine_clicks_per_s')} | {ratio('end_to_end_of_engine')} |",
+        f"| **end to end** | **{rate('clicks_per_s')}** | |",
+        f"| do-nothing Faust agent | {rate('do_nothing_agent_clicks_per_s')} "
+        f"| {ratio('end_to_end_of_do_nothing')} |",
+        f"| naive app | {rate('naive_clicks_per_s')} | {ratio('end_to_end_of_naive')} |",
+        "",
+        f"engine ÷ matrix product: {ratio('engine_of_matmul')}",
+        "",
+        "| click → list, ms | clicks/s | p50 | p90 | p99 | p99.9 | max | clicks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for words, key in (("half of the maximum", "latency_ms"), ("idle", "idle_latency_ms")):
+        found = result[key]
+        cells = " | ".join(f"{found[q]}" for q in ("rate", "p50", "p90", "p99", "p99_9", "max"))
+        lines.append(f"| {words} | {cells} | {found['clicks']} |")
+    lines += ["", f"sender behind its schedule, p99: {result['latency_ms']['sender_lag_p99']} ms"]
+    checks = result["failures"] or ["every click applied exactly once; every list verified"]
+    return [*lines, "", *(f"- {words}" for words in checks)]
+
+
+def write_report(
+    folder: Path,
+    name: str,
+    words: str,
+    arguments: Sequence[str],
+    options: Options,
+    result: dict[str, Any],
+    lines: list[str],
+) -> Path:
+    """Write `end-to-end_<machine>_<date>.md`; a report of the same day is replaced."""
+    path = folder / f"end-to-end_{name}_{time.strftime('%Y-%m-%d', time.gmtime())}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = f'make bench ARGS="{" ".join(arguments)}"'
+    text = [
+        f"# End to end on {name}",
+        "",
+        f"Command: `{command}`",
+        f"Machine: {words}",
+        f"Options: `{msgspec.json.encode(options).decode()}`",
+        "",
+        *lines,
+        "",
+        "What each row is: ../README.md. The JSON:",
+        "",
+        "```json",
+        msgspec.json.format(msgspec.json.encode(result), indent=1).decode(),
+        "```",
+    ]
+    path.write_text("\n".join(text) + "\n")
+    return path

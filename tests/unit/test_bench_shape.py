@@ -1,0 +1,133 @@
+"""The benchmark's arithmetic: a wrong percentile or clock makes every report wrong."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from afterclick.streams.settings import StreamsSettings
+from benchmarks.bench import _together
+from benchmarks.drain import Drain
+from benchmarks.ground import Options, backlog
+from benchmarks.latency import Schedule, Task, summary
+
+MS = 1_000_000
+
+
+def some_task(rate: float = 500.0) -> Task:
+    return Task(
+        options=Options(users=5, items=20),
+        name="t",
+        rate=rate,
+        warm_up_s=0.5,
+        seconds=1.5,
+        start_ns=10**12,
+        start_ms=1_700_000_000_000,
+        streams=StreamsSettings(),
+        redis="",
+        out="",
+    )
+
+
+def sent_and_seen(latencies_ms: list[float | None]) -> tuple[list[int], dict, dict]:
+    due = [(at + 1) * MS for at in range(len(latencies_ms))]
+    seen = [
+        0 if ms is None else at + int(ms * MS) for at, ms in zip(due, latencies_ms, strict=True)
+    ]
+    offsets = list(range(len(due)))
+    sent = {"sent_ns": due, "offset": offsets, "late_start_ns": -1}
+    return due, sent, {"seen_ns": seen, "offset": offsets, "polls": 1}
+
+
+def test_latency_counts_from_the_moment_a_click_was_due() -> None:
+    """A sender that is late itself must not make the worker look fast."""
+    due, sent, seen = sent_and_seen([5.0] * 100)
+    sent["sent_ns"] = [at + 4 * MS for at in due]
+    found = summary(due, sent, seen, rate=1.0)
+    assert found["p50"] == 5.0
+    assert found["sender_lag_p99"] == 4.0
+
+
+def test_a_percentile_is_never_below_the_share_it_names() -> None:
+    """Of 1..100 ms, 1 % is slower than 99 ms."""
+    found = summary(*sent_and_seen([float(ms) for ms in range(1, 101)]), rate=1.0)
+    assert (found["p50"], found["p99"], found["max"]) == (51.0, 100.0, 100.0)
+
+
+def test_a_list_that_never_came_is_not_left_out() -> None:
+    """Leaving it out would report the survivors' latency."""
+    found = summary(*sent_and_seen([1.0] * 50 + [None]), rate=1.0)
+    assert found["unseen"] == 1
+    assert found["p50"] == 1.0
+    assert found["max"] is None
+
+
+def test_a_list_older_than_its_click_is_counted_as_wrong() -> None:
+    """The watcher tells by event time, the log by offset: both must agree."""
+    due, sent, seen = sent_and_seen([1.0] * 3)
+    seen["offset"] = [0, 0, 2]
+    assert summary(due, sent, seen, rate=1.0)["wrong_offset"] == 1
+
+
+def test_warm_up_clicks_are_awaited_and_not_counted() -> None:
+    """Else the first chunk's cold caches are in p99; but one unseen among them still counts."""
+    due, sent, seen = sent_and_seen([None, 90.0, 1.0, 1.0])
+    found = summary(due, sent, seen, rate=1.0, counted_from_ns=3 * MS)
+    assert (found["clicks"], found["max"], found["unseen"]) == (2, 1.0, 1)
+
+
+def test_sender_and_watcher_make_the_same_schedule() -> None:
+    """They are two processes and exchange nothing."""
+    one, two = Schedule(some_task()), Schedule(some_task())
+    assert one.due_ns == two.due_ns
+    assert one.clicks == two.clicks
+    assert len(one.clicks) == 1000
+
+
+def test_a_users_event_times_rise() -> None:
+    """The watcher takes a list's event time for the click it answers; 5 users at 2,000 clicks/s."""
+    last: dict[str, int] = {}
+    for click in Schedule(some_task(rate=2000.0)).clicks:
+        assert click.timestamp_ms is not None
+        assert click.timestamp_ms > last.get(click.user_id, 0)
+        last[click.user_id] = click.timestamp_ms
+
+
+def test_the_backlog_is_the_seeds() -> None:
+    """Two runs are compared only where they fed the same clicks."""
+    options = Options(clicks=500)
+    assert backlog(options, end_ms=10**12) == backlog(options, end_ms=10**12)
+    other = Options(clicks=500, seed=8)
+    assert backlog(options, end_ms=10**12) != backlog(other, end_ms=10**12)
+
+
+def progress(values: list[int]) -> Callable[[], int]:
+    source = itertools.chain(values, itertools.repeat(values[-1]))
+    return lambda: next(source)
+
+
+def test_the_clock_starts_after_the_warm_up() -> None:
+    """Clicks taken before are not part of the rate."""
+    rate = Drain(progress([0, 10, 40, 100]), total=100, warm_up=30, limit_s=5.0).result()
+    assert rate.clicks == 60
+    assert rate.complete
+
+
+def test_a_rival_that_does_not_move_is_an_error_not_a_zero() -> None:
+    """A rival that failed to start must not be reported as slow."""
+    drain = Drain(progress([3]), total=9, warm_up=5, limit_s=1.0, start_timeout_s=0.05)
+    with pytest.raises(RuntimeError, match="3 of 5"):
+        drain.result()
+
+
+def test_several_runs_give_median_and_spread() -> None:
+    """Of ratios too: they are what is quoted."""
+    runs = [
+        {"clicks_per_s": rate, "ratios": {"a": rate / 10}, "failures": []}
+        for rate in (10.0, 30.0, 20.0)
+    ]
+    result = _together(runs)
+    assert result["clicks_per_s"] == 20.0
+    assert result["ratios"]["a"] == 2.0
+    assert result["spread"] == {"clicks_per_s": [10.0, 30.0], "a": [1.0, 3.0]}
+    assert result["runs"] == 3
