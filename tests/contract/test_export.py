@@ -1,0 +1,261 @@
+"""What the trainer writes is what serving/manifest.py says; the gate refuses everything else."""
+
+import itertools
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from afterclick.serving.engine import Engine
+from afterclick.serving.errors import ContractError
+from afterclick.serving.manifest import (
+    FILES,
+    MANIFEST_NAME,
+    SCAN_VECTORS_NAME,
+    STEP_NAME,
+    ItemRow,
+    Manifest,
+    Snapshot,
+    sha256_of,
+)
+from afterclick.serving.releases import LoadedRelease, ReleaseStore
+from afterclick.serving.settings import ServingSettings
+from afterclick.training.export import (
+    Tables,
+    advance_stepwise,
+    advance_whole,
+    build_tables,
+    check_release,
+    random_histories,
+    torch_queries,
+    torch_states,
+    write_release,
+)
+from afterclick.training.model import Recommender
+from tests.unit.training.worlds import quick
+
+NUM_ITEMS = 200
+HISTORY = 20
+
+ORACLE_TOLERANCE = 1e-5
+"""float32 against the same formulas in float64, 20 steps of 16 units."""
+
+KINDS = list(itertools.product(("lstm", "gru"), (1, 2), ("cosine", "softmax"), (True, False)))
+
+
+def make(
+    folder: Path, *, cell: str = "lstm", layers: int = 1, loss: str = "cosine", context: bool = True
+) -> tuple[Recommender, Tables, Manifest]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    settings = quick(
+        cell=cell, layers=layers, loss=loss, event_vectors=context, gap_vectors=context
+    )
+    model = Recommender(NUM_ITEMS, settings)
+    torch.nn.init.normal_(model.bias)
+    for table in (model.events, model.gaps):
+        if table is not None:
+            torch.nn.init.normal_(table.weight)
+    ids = [f"i{n:05d}" for n in range(NUM_ITEMS)]
+    tables = build_tables(model, ids, np.ones(NUM_ITEMS, bool), {})
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = write_release(
+        folder,
+        model,
+        tables,
+        created_at="2026-01-01T00:00:00Z",
+        history=HISTORY,
+        snapshot=Snapshot(source="random"),
+    )
+    return model, tables, manifest
+
+
+def reseal(folder: Path, manifest: Manifest) -> None:
+    """Make checksums fit again, so that only the gate's own comparisons can object."""
+    fitting = msgspec.structs.replace(manifest, files={n: sha256_of(folder / n) for n in FILES})
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(fitting))
+
+
+@pytest.mark.parametrize(("cell", "layers", "loss", "context"), KINDS)
+def test_every_kind_of_model_passes_the_gate(
+    tmp_path: Path, cell: str, layers: int, loss: str, context: bool
+) -> None:
+    """LSTM and GRU, one layer and two, both losses, with and without event and gap."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder, cell=cell, layers=layers, loss=loss, context=context)
+
+    assert "random histories" in check_release(folder, model, tables, None)
+    assert manifest.state_floats == layers * 16 * (2 if cell == "lstm" else 1)
+
+
+@pytest.mark.parametrize(("cell", "layers"), [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)])
+def test_a_sequence_gives_the_bits_of_its_steps(tmp_path: Path, cell: str, layers: int) -> None:
+    """The fold may cut the log anywhere; padding and company never move a bit."""
+    folder = tmp_path / "r1"
+    _, tables, manifest = make(folder, cell=cell, layers=layers)
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    histories = random_histories(np.random.default_rng(3), NUM_ITEMS, HISTORY)
+
+    whole = advance_whole(engine, tables.step_ND, histories)
+    query = engine.query(whole)
+
+    assert np.array_equal(whole, advance_stepwise(engine, tables.step_ND, histories))
+    for user, length in enumerate(histories.lens_B[:8].tolist()):
+        alone = engine.advance(
+            engine.zero_state(1),
+            tables.step_ND[histories.item_TB[:length, user : user + 1]],
+            histories.lens_B[user : user + 1],
+            event_TB=histories.event_TB[:length, user : user + 1],
+            gap_TB=histories.gap_TB[:length, user : user + 1],
+        )
+        assert np.array_equal(alone[0], whole[user])
+        assert np.array_equal(engine.query(alone)[0], query[user])
+
+
+def test_the_graph_is_the_lstm_of_the_textbook(tmp_path: Path) -> None:
+    """Plain numpy in float64 with the weights that stand in step.onnx, gates i o f c."""
+    folder = tmp_path / "r1"
+    _, tables, manifest = make(folder)
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor).astype(np.float64)
+        for tensor in onnx.load(folder / STEP_NAME).graph.initializer
+    }
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    histories = random_histories(np.random.default_rng(4), NUM_ITEMS, HISTORY)
+
+    found = advance_whole(engine, tables.step_ND, histories)
+
+    bias = weights["B0"][0].reshape(2, -1).sum(axis=0)
+    for user, length in enumerate(histories.lens_B.tolist()):
+        h, c = np.zeros(16), np.zeros(16)
+        for step in range(length):
+            x = (
+                tables.step_ND[histories.item_TB[step, user]]
+                + weights["event_vectors"][histories.event_TB[step, user]]
+                + weights["gap_vectors"][histories.gap_TB[step, user]]
+            )
+            i, o, f, g = np.split(weights["W0"][0] @ x + weights["R0"][0] @ h + bias, 4)
+            c = c / (1 + np.exp(-f)) + np.tanh(g) / (1 + np.exp(-i))
+            h = np.tanh(c) / (1 + np.exp(-o))
+        assert np.abs(found[user] - np.concatenate([h, c])).max() < ORACLE_TOLERANCE
+
+
+def test_scores_are_cosines_times_scale_plus_bias(tmp_path: Path) -> None:
+    """The bias travels as the last coordinate."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder)
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    histories = random_histories(np.random.default_rng(5), NUM_ITEMS, HISTORY)
+    state = torch_states(model, tables, histories)
+
+    query = engine.query(state)
+    scores = query @ tables.scan_ND.T
+
+    assert np.all(query[:, -1] == 1)
+    assert np.abs(query - torch_queries(model, state)).max() < 1e-4
+    cosine = scores - model.bias.detach().numpy()
+    assert np.abs(cosine).max() <= model.scale.item() + 1e-4
+
+
+@pytest.mark.parametrize("name", ["W0", "R0", "B0", "gap_vectors"])
+def test_a_tampered_weight_is_refused(tmp_path: Path, name: str) -> None:
+    """Even with fitting checksums and self-test: torch says otherwise."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder)
+    graph = onnx.load(folder / STEP_NAME)
+    tensor = next(t for t in graph.graph.initializer if t.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[:] = array.ravel()[::-1]
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(graph, folder / STEP_NAME)
+    reseal(folder, manifest)
+
+    with pytest.raises(ContractError, match="self-test"):
+        check_release(folder, model, tables, None)
+
+    _record_again(folder, manifest)
+    with pytest.raises(ContractError, match="ONNX against torch") as refused:
+        check_release(folder, model, tables, None)
+    assert refused.value.reason == "export-gate"
+
+
+def _record_again(folder: Path, manifest: Manifest) -> None:
+    """A self-test that the tampered graph passes."""
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    with np.load(folder / "self_test.npz") as recorded:
+        feed = {key: recorded[key] for key in recorded.files}
+    state = engine.advance(
+        feed["state"], feed["x"], feed["lens"], event_TB=feed["event"], gap_TB=feed["gap"]
+    )
+    np.savez(
+        folder / "self_test.npz", **{**feed, "state_next": state, "query": engine.query(state)}
+    )
+    reseal(folder, manifest)
+
+
+def test_a_tampered_item_vector_is_refused(tmp_path: Path) -> None:
+    """Lists would differ from what was evaluated."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder)
+    scan = np.load(folder / SCAN_VECTORS_NAME)
+    scan[7, 3] += 0.1
+    np.save(folder / SCAN_VECTORS_NAME, scan)
+    reseal(folder, manifest)
+
+    with pytest.raises(ContractError, match="scan vectors"):
+        check_release(folder, model, tables, None)
+
+
+def test_a_torn_release_is_refused(tmp_path: Path) -> None:
+    """One flipped byte without a new checksum."""
+    folder = tmp_path / "r1"
+    model, tables, _ = make(folder)
+    data = bytearray((folder / STEP_NAME).read_bytes())
+    data[-1] ^= 1
+    (folder / STEP_NAME).write_bytes(data)
+
+    with pytest.raises(ContractError, match="sha256"):
+        check_release(folder, model, tables, None)
+
+
+def test_never_clicked_items_join_with_the_vectors_of_their_kin() -> None:
+    """The mean of the clicked items of their categories, zeros without any; the lowest bias."""
+    torch.manual_seed(0)
+    model = Recommender(3, quick())
+    torch.nn.init.normal_(model.bias)
+    rows = {
+        "a": ItemRow(item_id="a", categories=["x"]),
+        "b": ItemRow(item_id="b", categories=["x", "y"]),
+        "new": ItemRow(item_id="new", title="新", categories=["x"], available=False),
+        "odd": ItemRow(item_id="odd", categories=["z"]),
+    }
+
+    tables = build_tables(model, ["a", "b", "c"], np.array([True, True, True]), rows)
+
+    assert [row.item_id for row in tables.rows] == ["a", "b", "c", "new", "odd"]
+    assert tables.rows[3].title == "新"
+    np.testing.assert_allclose(tables.step_ND[3], tables.step_ND[:2].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(tables.scan_ND[3, :-1], tables.scan_ND[:2, :-1].mean(0), rtol=1e-6)
+    assert not tables.step_ND[4].any()
+    assert tables.scan_ND[3, -1] == tables.scan_ND[4, -1] == tables.scan_ND[:3, -1].min()
+    assert tables.num_cold == 2
+
+
+def test_a_worker_loads_what_the_trainer_published(tmp_path: Path) -> None:
+    """Through the store, with the worker's own loader."""
+    store = ReleaseStore(str(tmp_path))
+    folder = store.staging("r1")
+    make(folder)
+    store.add(folder)
+    publication = store.publish("r1")
+
+    loaded = LoadedRelease(
+        publication, store.fetch("r1"), ServingSettings(provider="cpu", threads=1)
+    )
+
+    assert loaded.catalog.num_items == NUM_ITEMS
+    assert loaded.publication.number == 1
