@@ -1,0 +1,152 @@
+"""The store on a real Redis, and the tests' in-memory double held to the same promises."""
+
+import os
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import redis
+
+from afterclick.serving.keys import Keys
+from afterclick.serving.records import (
+    Head,
+    InputsEntry,
+    Interaction,
+    TopList,
+    UserRecord,
+    encode_list,
+    encode_record,
+    pack_interaction,
+    without_stamp,
+)
+from afterclick.serving.settings import ListRules, ServingSettings
+from afterclick.serving.store import PopularityWrite, Store, UserWrite
+from tests.doubles import MemoryStore
+
+pytestmark = pytest.mark.service
+
+RULES = ListRules.of(ServingSettings())
+
+
+def head(number: int, batch: str = "b") -> Head:
+    return Head(next=number, batch=f"{batch}{number}")
+
+
+def entry(offset: int) -> InputsEntry:
+    return InputsEntry(
+        offset=offset,
+        publication=0,
+        release="",
+        sha256="",
+        publication_items=[],
+        items=[],
+        rules=RULES,
+    )
+
+
+def encoded(value: Head) -> bytes:
+    return msgspec.json.encode(value)
+
+
+@pytest.fixture
+def real(redis_url: str, namespace: str) -> Iterator[Store]:
+    store = Store(redis_url, Keys(namespace), record_ttl_s=1000, popularity_ttl_s=500)
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["redis", "memory"])
+def store(request: pytest.FixtureRequest) -> Store | MemoryStore:
+    return request.getfixturevalue("real") if request.param == "redis" else MemoryStore()
+
+
+LIST = encode_list(
+    TopList(
+        items=["i1"],
+        scores=[1.0],
+        source="model",
+        release="r",
+        publication=1,
+        items_offset=[0],
+        partition=0,
+        offset=1,
+        event_ms=1,
+    )
+)
+
+
+def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | MemoryStore) -> None:
+    """The fence: a zombie's write changes nothing, and it is told where things stand."""
+    first, second = head(5), head(9)
+    write = [UserWrite("u1", b"one", LIST)]
+    hours = [PopularityWrite(7, {"i1": 2})]
+    assert store.commit(0, b"", first, entry(0), write, hours) is None
+    zombie = [UserWrite("u1", b"zombie", LIST), UserWrite("u2", b"zombie", b"")]
+    assert store.commit(0, b"", head(6, "z"), entry(1), zombie, hours) == encoded(first)
+    read = store.read(0, ["u1", "u2"])
+    assert (read.head, read.records) == (encoded(first), [b"one", None])
+    assert (
+        store.commit(0, encoded(first), second, None, [UserWrite("u1", b"two", LIST)], hours)
+        is None
+    )
+    assert store.read(0, ["u1"]).records == [b"two"]
+    assert store.read_popularity(0, range(6, 9)) == (encoded(second), {7: {"i1": 4}})
+
+
+def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | MemoryStore) -> None:
+    """redis-py re-sends a script whose answer was lost; its own batch tells it."""
+    hours = [PopularityWrite(7, {"i1": 1})]
+    for _ in range(2):
+        assert store.commit(0, b"", head(5), entry(0), [UserWrite("u1", b"x", LIST)], hours) is None
+    assert store.read_popularity(0, range(7, 8))[1] == {7: {"i1": 1}}
+
+
+def test_empty_bytes_delete_the_record_and_the_list(store: Store | MemoryStore) -> None:
+    """`forget` must leave nothing."""
+    assert store.commit(0, b"", head(1), None, [UserWrite("u1", b"x", LIST)], []) is None
+    assert store.commit(0, encoded(head(1)), head(2), None, [UserWrite("u1", b"", b"")], []) is None
+    assert store.read(0, ["u1"]).records == [None]
+
+
+def test_lists_stand_at_their_key_with_the_moment_of_writing(
+    real: Store, redis_url: str, namespace: str
+) -> None:
+    """What an application reads, and what a comparison leaves out."""
+    real.commit(3, b"", head(1), entry(0), [UserWrite("u1", b"x", LIST)], [])
+    with redis.Redis.from_url(redis_url) as client:
+        stored = client.get(f"{namespace}:top:u1")
+        assert 0 < client.ttl(f"{{{namespace}:3}}:u:u1") <= 1000
+        assert client.ttl(f"{{{namespace}:3}}:head") == -1, "a head never expires"
+    assert without_stamp(stored) == LIST
+    assert msgspec.json.decode(stored, type=TopList).written_ms > 1_700_000_000_000
+    assert [e.offset for e in real.inputs(3)] == [0]
+    assert real.users(3) == {"u1"}
+
+
+def test_a_full_record_needs_at_most_2_kb_of_redis(
+    real: Store, redis_url: str, namespace: str
+) -> None:
+    """H 128, L 50, key and overhead included: `MEMORY USAGE`."""
+    packed = pack_interaction(Interaction(1, 2, 3, 4, 5, False)) * 50
+    record = UserRecord(1, 2, 3, 4, os.urandom(4 * 256), packed)
+    user = "user-0123456789abcdef"
+    real.commit(12, b"", head(1), None, [UserWrite(user, encode_record(record), LIST)], [])
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.memory_usage(f"{{{namespace}:12}}:u:{user}") <= 2048
+
+
+def test_the_unavailable_set_follows_the_newest_worker(
+    real: Store, redis_url: str, namespace: str
+) -> None:
+    """A worker that is behind must not bring an item back; one on another history writes it all."""
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        name = f"{{{namespace}}}:unavailable"
+        assert real.write_unavailable(-2, 3, [], ["a", "b"])
+        assert client.smembers(name) == {"a", "b"}
+        assert real.write_unavailable(3, 5, ["-c", "+a"], ["b", "c"])
+        assert client.smembers(name) == {"b", "c"}
+        assert not real.write_unavailable(3, 4, ["-x"], ["x"])
+        assert client.smembers(name) == {"b", "c"}
+        assert real.write_unavailable(7, 9, ["-d"], ["d"])
+        assert client.smembers(name) == {"d"}
+        assert client.get(f"{name}:version") == "9"
