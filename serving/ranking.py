@@ -8,16 +8,19 @@ rows may not hold them all, `pick` says so and the caller ranks that user over t
 """
 
 from collections.abc import Container
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from afterclick.serving.engine import F32, I64, MASKED
 
+SCORE_DECIMALS = 4
+"""Scores in lists are for people; the order is decided before they are rounded."""
+
 
 class Ranked(NamedTuple):
-    """Items of one user, best first, with their scores."""
+    """Items of one user, best first, with their scores, rounded to `SCORE_DECIMALS`."""
 
     items: list[str]
     scores: list[float]
@@ -57,7 +60,7 @@ def pick(
     if len(set(head)) != len(head):
         order = sorted(range(len(ids)), key=lambda at: (-scores[at], ids[at]))
         scores, ids = [scores[at] for at in order], [ids[at] for at in order]
-    return Ranked(ids[:want], scores[:want])
+    return Ranked(ids[:want], _rounded(np.array(scores[:want])))
 
 
 def pick_plain(
@@ -66,14 +69,15 @@ def pick_plain(
     """`pick` for many users at once where there is nothing to decide.
 
     Returns:
-        Per user the list; None for one with ties, masked rows or too few rows, whom `pick` must see.
+        Per user the list; None for one with ties, masked rows or too few rows, whom `pick` must
+        see.
     """
     if scores_BK.shape[1] <= want:
         return [None] * len(scores_BK)
     near = scores_BK[:, : want + 1]
     plain = (near[:, 1:] < near[:, :-1]).all(axis=1) & (near[:, -1] > MASKED / 2)
     ids = ids_N[rows_BK[:, :want]].tolist()
-    scores = near[:, :want].tolist()
+    scores = _rounded(near[:, :want].astype(np.float64))
     return [
         Ranked(own, values) if fine else None
         for own, values, fine in zip(ids, scores, plain.tolist(), strict=True)
@@ -90,3 +94,8 @@ def rank_all(
     ranked = pick(scores_N[rows], rows, ids_N, want=want, drop=drop, complete=True)
     assert ranked is not None
     return ranked
+
+
+def _rounded(scores: npt.NDArray[np.float64]) -> list[Any]:
+    rounded: list[Any] = np.round(scores, SCORE_DECIMALS).tolist()
+    return rounded

@@ -38,8 +38,6 @@ from afterclick.streams.events import FoldEvent
 from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
-SCORE_DECIMALS = 4
-"""Scores in lists are for people; the order was decided before they are rounded."""
 SCAN_USERS_MAX = 256
 """Users scored in one call: the score matrix of 256 × 20,000 float32 is 20 MB."""
 
@@ -90,36 +88,67 @@ class Folded(NamedTuple):
 
 
 class _Draft:
-    """One user's way through a chunk."""
+    """One user's way through a chunk: the record's fields, changed in place, and what happened."""
 
     __slots__ = (
         "changed",
+        "clicks",
         "counted",
         "event_ms",
         "forgotten",
         "interactions",
+        "last_ms",
         "listed_at",
+        "num_steps",
         "offset",
+        "past",
         "popular",
-        "record",
+        "publication",
         "resets",
+        "state",
         "steps",
         "unknown",
     )
 
     def __init__(self, record: UserRecord) -> None:
-        self.record = record
+        self.publication = record.publication
+        self.num_steps = record.steps
+        self.clicks = record.clicks
+        self.last_ms = record.last_ms
+        self.state = record.state
         self.interactions = record.interactions
+        self.past = record.interactions  # before this chunk: what a rebuild runs through
         self.steps: list[tuple[int, int, int]] = []  # row, event code, gap bucket
-        self.changed = False
-        self.listed_at: int | None = None  # index of the event that the list answers
         self.counted: list[int] = []  # offsets of the interactions taken
+        self.listed_at: int | None = None  # index of the event that the list answers
+        self.changed = False
+        self.forgotten = False
         self.resets = 0
         self.unknown = 0
-        self.forgotten = False
         self.offset = -1
         self.event_ms = 0
         self.popular: list[tuple[str, int]] = []
+
+    def clear_state(self, publication: int) -> None:
+        """Start the state over under a publication."""
+        self.publication, self.state, self.num_steps, self.steps = publication, b"", 0, []
+
+    def forget(self, publication: int) -> None:
+        """Start the user over."""
+        self.clear_state(publication)
+        self.interactions, self.clicks, self.last_ms = b"", 0, 0
+        self.changed, self.forgotten = True, True
+
+    def record(self) -> UserRecord:
+        """The record after the chunk."""
+        return UserRecord(
+            self.publication,
+            self.num_steps,
+            self.clicks,
+            self.last_ms,
+            self.state,
+            self.interactions,
+        )
 
 
 def fold(
@@ -213,20 +242,19 @@ def rank_states(
 
 def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) -> str:
     """Take one event into a draft; the name of the count it belongs to."""
-    record, rules = draft.record, inputs.rules
+    rules = inputs.rules
     if event.event == "forget":
-        draft.record = UserRecord(publication=inputs.publication)
-        draft.interactions, draft.steps = b"", []
-        draft.changed, draft.forgotten = True, True
+        draft.forget(inputs.publication)
         return "forgotten"
     if event.event != "visit":
-        gap_ms = max(0, event.event_ms - record.last_ms) if draft.interactions else 0
+        gap_ms = max(0, event.event_ms - draft.last_ms) if draft.interactions else 0
         reset = bool(rules.idle_ttl_s and gap_ms > rules.idle_ttl_s * 1000)
+        code, gap = event_code(event.event), 0 if reset else gap_bucket(gap_ms)
         interaction = Interaction(
             item_hash(event.item_id),
             repeat_tag(event.event, event.event_id, event.event_ms),
-            event_code(event.event),
-            0 if reset else gap_bucket(gap_ms),
+            code,
+            gap,
             event.event_ms // HOUR_MS % 24,
             reset,
         )
@@ -235,17 +263,15 @@ def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) ->
             return "duplicates"
         if reset:
             draft.resets += 1
-            record = record._replace(state=b"", steps=0, publication=inputs.publication)
-            draft.steps = []
+            draft.clear_state(inputs.publication)
         draft.interactions = (draft.interactions + packed)[-rules.history * INTERACTION_BYTES :]
-        draft.record = record._replace(
-            clicks=record.clicks + 1, last_ms=max(record.last_ms, event.event_ms)
-        )
+        draft.clicks += 1
+        draft.last_ms = max(draft.last_ms, event.event_ms)
         row = catalog.row(event.item_id)
         if row is None:
             draft.unknown += 1
         else:
-            draft.steps.append((row, interaction.event, interaction.gap))
+            draft.steps.append((row, code, gap))
         draft.counted.append(event.offset)
         draft.changed, draft.forgotten = True, False
     draft.offset, draft.event_ms = event.offset, event.event_ms
@@ -290,37 +316,33 @@ def _rebuild(drafts: list[_Draft], inputs: Inputs, release: Release) -> int:
     pasts: list[tuple[_Draft, list[tuple[int, int, int]]]] = []
     rebuilt = 0
     for draft in drafts:
-        if draft.record.publication == inputs.publication:
-            continue  # forgotten or reset within this chunk: nothing of the past is left
-        # What stood in the record before this chunk; the chunk's own events are steps.
+        if draft.publication == inputs.publication:
+            continue  # of this release, or forgotten or reset within this chunk
         past: list[tuple[int, int, int]] = []
-        rebuilt += bool(draft.record.publication or draft.record.interactions)
-        for kept in unpack_interactions(draft.record.interactions):
+        rebuilt += bool(draft.past)
+        for kept in unpack_interactions(draft.past):
             if kept.reset:
                 past = []
             row = release.catalog.row_of_hash(kept.item_hash, before)
             if row is not None:
                 past.append((row, kept.event, kept.gap))
-        draft.record = draft.record._replace(
-            publication=inputs.publication, steps=len(past), state=b""
-        )
+        draft.publication, draft.num_steps, draft.state = inputs.publication, len(past), b""
         if past:
             pasts.append((draft, past))
     states = _run_steps([past for _, past in pasts], [b""] * len(pasts), release)
     for (draft, _), state in zip(pasts, states, strict=True):
-        draft.record = draft.record._replace(state=state)
+        draft.state = state
     return rebuilt
 
 
 def _advance(drafts: list[_Draft], release: Release) -> int:
     moving = [draft for draft in drafts if draft.steps]
     states = _run_steps(
-        [draft.steps for draft in moving], [draft.record.state for draft in moving], release
+        [draft.steps for draft in moving], [draft.state for draft in moving], release
     )
     for draft, state in zip(moving, states, strict=True):
-        draft.record = draft.record._replace(
-            state=state, steps=draft.record.steps + len(draft.steps)
-        )
+        draft.state = state
+        draft.num_steps += len(draft.steps)
     return sum(len(draft.steps) for draft in moving)
 
 
@@ -369,10 +391,9 @@ def _finish(
             continue
         if draft.forgotten and not draft.interactions:
             records[user_id] = None
-        elif draft.changed or draft.record.interactions:
-            records[user_id] = draft.record._replace(
-                interactions=draft.interactions, publication=inputs.publication
-            )
+        elif draft.interactions:
+            draft.publication = inputs.publication
+            records[user_id] = draft.record()
         else:
             records[user_id] = None  # a visitor without a past
         if draft.listed_at is not None:
@@ -390,7 +411,7 @@ def _finish(
         lists[user_id] = encode_list(
             TopList(
                 items=ranked.items,
-                scores=np.round(np.array(ranked.scores), SCORE_DECIMALS).tolist(),
+                scores=ranked.scores,
                 source="popularity" if release is None else "model",
                 release=inputs.release,
                 publication=inputs.publication,
@@ -407,7 +428,7 @@ def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked
     if not drafts:
         return []
     zero = release.engine.zero_state(1).tobytes()
-    joined = b"".join(draft.record.state or zero for draft in drafts)
+    joined = b"".join(draft.state or zero for draft in drafts)
     states_BS = np.frombuffer(joined, np.float32).reshape(len(drafts), -1)
     seen = None
     if inputs.rules.filter_seen:
