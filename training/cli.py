@@ -57,6 +57,10 @@ FLAGS = {
 def train(argv: Sequence[str]) -> int:
     """Train on clicks from files or from Kafka, and publish the release."""
     options = _train_parser().parse_args(argv)
+
+    from afterclick.training.pipeline import train_release
+    from afterclick.training.progress import Bars, JsonLines, Silent, Teller
+
     if options.topic == (options.clicks is not None):
         raise ConfigError("train: give either --clicks FILE or --topic, to say where clicks are")
     if options.items is not None and options.clicks is None:
@@ -66,9 +70,6 @@ def train(argv: Sequence[str]) -> int:
         os.environ, options.config, {name: getattr(options, name) for name in FLAGS}
     )
     serving = serving_settings(os.environ)
-
-    from afterclick.training.pipeline import train_release
-    from afterclick.training.progress import Bars, JsonLines, Silent, Teller
 
     bars = Bars()
     tellers: dict[str, Teller] = {"bars": bars, "jsonl": JsonLines(), "none": Silent()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from afterclick.streams.local import afterclick_argv
+from tests.realdata import DATA, needs_data
 
 pytestmark = [pytest.mark.service, pytest.mark.demo, pytest.mark.timeout(420)]
 
@@ -107,14 +108,10 @@ def test_ctrl_c_stops_everything_and_another_terminal_can_click(tmp_path: Path) 
         demo.wait()
 
 
-@pytest.mark.realdata
+@needs_data
 def test_a_real_log_with_its_catalogue(tmp_path: Path) -> None:
     """A slice of caixin: its first part trains, the rest is replayed, new items come with it."""
-    folder = Path(os.environ.get("AFTERCLICK_DATA", "")) / "caixin-news-2014"
-    if not folder.is_dir():
-        if os.environ.get("CI"):
-            pytest.fail("AFTERCLICK_DATA: expected the folder of the datasets in CI")
-        pytest.skip("AFTERCLICK_DATA names no folder with caixin-news-2014")
+    folder = DATA / "caixin-news-2014"
     import pyarrow.csv as pacsv
 
     clicks = pacsv.read_csv(folder / "clicks.csv.gz").slice(0, 8000)

@@ -3,7 +3,6 @@
 import argparse
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from afterclick.streams.columns import (
 )
 from afterclick.streams.events import Item
 from afterclick.streams.files import CLICKS_SCHEMA, read_clicks, read_items
+from tests.realdata import DATA, needs_data
 
 ROWS = [
     {"user_id": "7", "item_id": "b", "timestamp": 1400000002},
@@ -246,7 +246,7 @@ def test_a_bad_item_is_named(tmp_path):
         read_items(write(tmp_path / "items.csv", "item_id,available\n1,maybe\n"))
 
 
-@pytest.mark.realdata
+@needs_data
 @pytest.mark.parametrize(
     ("name", "columns", "num_clicks", "num_users"),
     [
@@ -263,9 +263,9 @@ def test_a_bad_item_is_named(tmp_path):
         ),
     ],
 )
-def test_the_real_logs_are_read_whole(name, columns, num_clicks, num_users, data_folder):
+def test_the_real_logs_are_read_whole(name, columns, num_clicks, num_users):
     """Counts are those of the datasets' README; times never run backwards."""
-    clicks = read_clicks(data_folder / name, columns)
+    clicks = read_clicks(DATA / name, columns)
 
     assert clicks.num_rows == num_clicks
     if num_users is not None:
@@ -274,23 +274,12 @@ def test_the_real_logs_are_read_whole(name, columns, num_clicks, num_users, data
     assert times == sorted(times)
 
 
-@pytest.mark.realdata
-def test_the_real_catalogues_are_read_whole(data_folder):
+@needs_data
+def test_the_real_catalogues_are_read_whole():
     """Chinese titles and times of publication at caixin, genres at movielens."""
-    news = read_items(data_folder / "caixin-news-2014/items.csv.gz")
-    films = read_items(data_folder / "movielens-1m/items.csv.gz")
+    news = read_items(DATA / "caixin-news-2014/items.csv.gz")
+    films = read_items(DATA / "movielens-1m/items.csv.gz")
 
     assert len(news) == 5_768
     assert all(item.published_ms and item.title for item in news)
     assert films[0].categories == ["Action", "Adventure"]
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    """AFTERCLICK_DATA; its absence is a failure where CI is set."""
-    folder = os.environ.get("AFTERCLICK_DATA", "")
-    if folder and Path(folder).is_dir():
-        return Path(folder)
-    if os.environ.get("CI"):
-        pytest.fail(f"AFTERCLICK_DATA={folder!r}: expected the folder of the datasets in CI")
-    pytest.skip("AFTERCLICK_DATA names no folder with the datasets")

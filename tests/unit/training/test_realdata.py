@@ -1,27 +1,17 @@
 """Measured numbers of ../shared/accuracy.md, on the data they were measured on."""
 
-import os
 from pathlib import Path
-
-import pytest
 
 from afterclick.serving.settings import ServingSettings
 from afterclick.training.baselines import evaluate_baselines
 from afterclick.training.data import build_log, held_out, recode
 from afterclick.training.pipeline import train_release
 from afterclick.training.sources import read_columns, read_files
+from tests.realdata import DATA, needs_data
 from tests.unit.training.worlds import quick
 
-DATA = Path(
-    os.environ.get("AFTERCLICK_DATA", Path(__file__).parents[3].parent / "shared" / "datasets")
-)
 
-pytestmark = [
-    pytest.mark.realdata,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"AFTERCLICK_DATA: no folder {DATA}"),
-]
-
-
+@needs_data
 def test_markov_on_yoochoose_is_what_was_measured() -> None:
     """HR@20 65.2 and MRR@20 29.7 (accuracy.md): another tie rule or count would move them."""
     log = build_log(read_columns(DATA / "yoochoose-1-64" / "train.csv.gz"), history=50)
@@ -35,6 +25,7 @@ def test_markov_on_yoochoose_is_what_was_measured() -> None:
     assert round(100 * found["markov"]["mrr_20"], 1) == 29.7
 
 
+@needs_data
 def test_a_minute_of_serenade_beats_popularity(tmp_path: Path) -> None:
     """The newest 15,000 clicks, three epochs: the whole path on real clicks, in seconds."""
     source = read_files(DATA / "serenade-toy" / "train.csv.gz", None)
