@@ -62,8 +62,8 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     stop_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
     """Longest graceful stop; leaving without a commit is safe."""
 
-    session_timeout_s: Annotated[float, Meta(ge=1)] = 10.0
-    """Silence after which Kafka takes a worker's partitions away."""
+    session_timeout_s: Annotated[float, Meta(ge=6)] = 10.0
+    """Silence after which Kafka takes a worker's partitions away; brokers refuse less than 6."""
 
     rebalance_timeout_s: Annotated[float, Meta(ge=1)] = 20.0
     """Time that workers have to join a rebalance."""

@@ -19,6 +19,11 @@ from afterclick.serving.errors import ConfigError
 PERIOD_MIN_S = 1.0
 PERIOD_MAX_S = 366 * 86400.0
 
+RETRY_S = 60.0
+"""A failed run is tried again after so long, if the next one is not due before: a log that is empty
+at the first start should not cost an hour.
+"""
+
 STOP_TIMEOUT_S = 10.0
 """A run that does not end within this time after SIGTERM is killed; a release appears whole or not
 at all, so nothing breaks.
@@ -120,6 +125,8 @@ def _loop(
             return 1 if code else 0
         # On the grid of the first start: a long run does not shift those after it.
         left_s = every_s - (time.monotonic() - begun_s) % every_s
+        if code:
+            left_s = min(left_s, RETRY_S)
         log.info("next run in %.0f s", left_s)
         stop.wait(left_s)
     log.info("stopped after %d runs", done)

@@ -21,8 +21,8 @@ def test_from_click_to_list_without_and_with_a_release(stage: Stage) -> None:
         stage.wait_folded()
         with TopK(stage.serving.redis, namespace=stage.serving.namespace) as top_k:
             assert top_k.get("u7").source == "popularity"
-            stage.wait(lambda: top_k.get("nobody").source == "fallback", "a fallback list")
-            assert top_k.get("nobody").items
+            stage.wait(lambda: bool(top_k.get("nobody").items), "a fallback list")
+            assert top_k.get("nobody").source == "fallback"
         stage.publish("r1", seed=1)
         stage.wait(lambda: '"publication":1' in readiness(worker.port)[1].replace(" ", ""), "swap")
         stage.send(some_clicks(60, start=60))
