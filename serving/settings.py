@@ -35,8 +35,10 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     without it.
     """
 
-    threads: Annotated[int, Meta(ge=0, le=256)] = 0
-    """Threads of one ONNX Runtime call; 0 means one per core."""
+    threads: Annotated[int, Meta(ge=0, le=256)] = 1
+    """Threads of one ONNX Runtime call; 0 means one per core. Several partitions folded side by side
+    with one thread each beat one fold with all threads (docs/performance.md).
+    """
 
     precision: Literal["fp32", "fp16"] = "fp32"
     """Arithmetic of the catalogue scan; fp16 needs `provider=cuda`."""

@@ -73,12 +73,13 @@ class Worker:
         self._beat_s = time.monotonic()
         self._joined = False
         self.app = build_app(self)
+        num_threads = streams.fold_threads or (os.cpu_count() or 1) + 1
         self._shared = Shared(
             prepared=asyncio.Event(),
             gate=self.runtime.gate,
             # One more for idle checks and openings, which must not wait behind long folds.
-            threads=ThreadPoolExecutor(streams.fold_threads + 1, thread_name_prefix="fold"),
-            slots=asyncio.Semaphore(streams.fold_threads),
+            threads=ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold"),
+            slots=asyncio.Semaphore(num_threads),
             metrics=self.metrics,
             moves=self,
             log=self,

@@ -39,7 +39,9 @@ from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
 SCAN_USERS_MAX = 256
-"""Users scored in one call: the score matrix of 256 × 20,000 float32 is 20 MB."""
+"""Users scored in one call: more gain nothing."""
+SCAN_SCORES_MAX = 16 << 20
+"""Scores of one call, 64 MB: 256 users at 65,000 items, 16 at a million."""
 
 
 class Release(Protocol):
@@ -212,12 +214,10 @@ def rank_states(
         seen: per user, item hashes to leave out.
     """
     ranked: list[Ranked] = []
-    for start in range(0, len(states_BS), SCAN_USERS_MAX):
-        q_BD = release.engine.query(states_BS[start : start + SCAN_USERS_MAX])
-        drops = [
-            _ids_of(hashes, release.catalog)
-            for hashes in (seen or ())[start : start + SCAN_USERS_MAX]
-        ]
+    size = max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // release.scanner.num_rows))
+    for start in range(0, len(states_BS), size):
+        q_BD = release.engine.query(states_BS[start : start + size])
+        drops = [_ids_of(hashes, release.catalog) for hashes in (seen or ())[start : start + size]]
         fetch = want + 1 + max((len(drop) for drop in drops), default=0)
         scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
         complete = scores_BK.shape[1] == release.scanner.num_rows

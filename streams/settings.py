@@ -47,8 +47,10 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     says; the local broker `tansu` looks for new records about four times within it.
     """
 
-    fold_threads: Annotated[int, Meta(ge=1, le=64)] = 2
-    """Partitions folded at the same time: one computes while another decodes or waits for Redis."""
+    fold_threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    """Partitions folded at the same time; 0 means one more than there are cores, so that one waits
+    for Redis while the others compute.
+    """
 
     port: Annotated[int, Meta(ge=0, le=65535)] = 6066
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
