@@ -36,7 +36,8 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     threads: Annotated[int, Meta(ge=0, le=256)] = 1
-    """Threads of one ONNX Runtime call; 0 means one per core. Several partitions folded side by side
+    """Threads of one ONNX Runtime call; 0 means one per core. Several partitions folded side by
+    side
     with one thread each beat one fold with all threads (docs/performance.md).
     """
 
