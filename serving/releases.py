@@ -192,8 +192,12 @@ class ReleaseStore:
         if not self.is_remote or release not in self.list():
             raise ContractError(f"{self.root}: no release {release!r}", reason="torn")
         pulled = self.staging(release)
-        for name in (*FILES, MANIFEST_NAME):
-            self._remote.get_file(str(self._remote_root / release / name), str(pulled / name))
+        try:
+            for name in (*FILES, MANIFEST_NAME):
+                self._remote.get_file(str(self._remote_root / release / name), str(pulled / name))
+        except Exception as error:
+            shutil.rmtree(pulled.parent, ignore_errors=True)
+            raise UnavailableError(f"release {release} at {self.root}: {error!r}") from error
         with contextlib.suppress(OSError):  # somebody else on this machine pulled it meanwhile
             pulled.rename(folder)
         shutil.rmtree(pulled.parent, ignore_errors=True)
@@ -218,8 +222,8 @@ class ReleaseStore:
             return (self._local / name).read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise UnavailableError(f"releases at {self.root}: {error}") from error
+        except Exception as error:
+            raise UnavailableError(f"releases at {self.root}: {error!r}") from error
 
     def _replace(self, name: str, data: bytes) -> None:
         if self.is_remote:

@@ -130,7 +130,9 @@ class Worker:
             for partition, held in list(self.held.items()):
                 position = held.fold.position
                 self.metrics.head_offset.labels(partition=str(partition)).set(position)
-                end = self._consumer.highwater(self._tp(partition)) or 0
+                tp = self._tp(partition)
+                assigned = tp in self._consumer.assignment()  # not so for a moment of a rebalance
+                end = (self._consumer.highwater(tp) or 0) if assigned else 0
                 self.metrics.lag.labels(partition=str(partition)).set(max(0, end - position))
             await asyncio.sleep(1.0)
 

@@ -105,12 +105,17 @@ class Runtime:
 
     async def start(self) -> None:
         """Load what is published and read all items; without a release, go on without one."""
-        await self._look()
-        if self.loaded is None:
-            end = await asyncio.to_thread(self._item_edges)
-            await asyncio.to_thread(self._catch_up, self.catalog, end)
+        while not self.ready:
+            try:
+                await self._look()
+                if self.loaded is None:
+                    end = await asyncio.to_thread(self._item_edges)
+                    await asyncio.to_thread(self._catch_up, self.catalog, end)
+                self.ready = True
+            except UnavailableError as error:
+                log.warning("%s; trying again", error)
+                await asyncio.sleep(self._settings.release_poll_s)
         await asyncio.to_thread(self._tell_unavailable, -2, [])
-        self.ready = True
 
     async def watch_releases(self) -> None:
         """Look for new publications for ever."""
