@@ -61,8 +61,10 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
         "| click → list, ms | clicks/s | p50 | p90 | p99 | p99.9 | max | clicks |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for words, key in (("half of the maximum", "latency_ms"), ("idle", "idle_latency_ms")):
-        found = result[key]
+    rows = [("idle", result["idle_latency_ms"])]
+    rows += [(f"{share} of it", found) for share, found in result["latency_ms_by_share"].items()]
+    rows.append(("half of the maximum", result["latency_ms"]))
+    for words, found in rows:
         cells = " | ".join(f"{found[q]}" for q in ("rate", "p50", "p90", "p99", "p99_9", "max"))
         lines.append(f"| {words} | {cells} | {found['clicks']} |")
     lines += ["", f"sender behind its schedule, p99: {result['latency_ms']['sender_lag_p99']} ms"]
