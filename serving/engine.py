@@ -14,6 +14,7 @@ than two rows in a scan, whose item matrix is an input so that items can be adde
 import ctypes
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,10 @@ Provider = Literal["cpu", "cuda"]
 
 MASKED = np.float32(-1e30)
 """Score of a row that must never be listed; finite, because non-finite values spread."""
+
+SHARED_USERS_MAX = 32
+"""Smaller scans that are asked for at the same time, by chunks of several partitions, become one.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +147,16 @@ class Engine:
         return parts
 
 
+class _Ask:
+    """A small scan that waits for its turn."""
+
+    def __init__(self, q_BD: F32, k: int) -> None:
+        self.q_BD = q_BD
+        self.k = k
+        self.found: tuple[F32, I64] | None = None
+        self.error: Exception | None = None
+
+
 class Scanner:
     """Exact top-K over an item matrix that its owner may change between calls.
 
@@ -168,6 +183,9 @@ class Scanner:
         self._session = _session(graph, self.provider, threads)
         self._matrix = scan_vectors_ND
         self._bound: ort.OrtValue | None = None
+        self._turn = threading.Lock()
+        self._guard = threading.Lock()
+        self._asking: list[_Ask] = []
 
     @property
     def num_rows(self) -> int:
@@ -190,8 +208,38 @@ class Scanner:
             scores (B, K) and rows (B, K); masked and spare rows come last, scored ≤ `MASKED` / 2.
         """
         k = min(k, self.num_rows)
-        scores, rows = self._run(q_BD, ["top_scores", "top_rows"], k)
-        return scores, rows
+        if len(q_BD) >= SHARED_USERS_MAX:
+            scores, rows = self._run(q_BD, ["top_scores", "top_rows"], k)
+            return scores, rows
+        ask = _Ask(q_BD, k)
+        with self._guard:
+            self._asking.append(ask)
+        with self._turn:
+            if ask.found is None and ask.error is None:
+                self._answer_all()
+        if ask.error is not None:
+            raise ask.error
+        assert ask.found is not None
+        return ask.found
+
+    def _answer_all(self) -> None:
+        """One scan for everybody who asks by now: reading the matrix is what a small scan costs."""
+        with self._guard:
+            asking, self._asking = self._asking, []
+        q_BD = np.concatenate([ask.q_BD for ask in asking])
+        try:
+            scores_BK, rows_BK = self._run(
+                q_BD, ["top_scores", "top_rows"], max(ask.k for ask in asking)
+            )
+        except Exception as error:  # noqa: BLE001 - all who asked must hear of it
+            for ask in asking:
+                ask.error = error
+            return
+        start = 0
+        for ask in asking:
+            own = slice(start, start + len(ask.q_BD))
+            ask.found = scores_BK[own, : ask.k], rows_BK[own, : ask.k]
+            start = own.stop
 
     def scores(self, q_BD: F32) -> F32:
         """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""

@@ -1,5 +1,6 @@
 """Bit-exactness is a promise with rules; each rule is a test on the real graphs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,25 @@ def test_top_k_equals_a_full_sort_ties_by_item_id() -> None:
         plain = pick_plain(scores_N[rows][None], rows[None], ids_N, want=want)[0]
         if plain is not None and not drop:
             assert plain.items == expected
+
+
+def test_scans_asked_for_together_are_one_and_keep_everybodys_bits(
+    folder: Path, manifest: Manifest
+) -> None:
+    """Chunks of several partitions share a scan; each gets what it would get alone."""
+    catalog = Catalog.from_release(folder, manifest)
+    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    rng = np.random.default_rng(8)
+    asks = [
+        (rng.standard_normal((1 + n % 5, manifest.scan_dim)).astype(np.float32), 5 + n % 40)
+        for n in range(200)
+    ]
+    alone = [scanner.top(q_BD, k) for q_BD, k in asks]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda ask: scanner.top(*ask), asks))
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one[0], other[0])
+        assert np.array_equal(one[1], other[1])
 
 
 def test_a_masked_row_is_never_listed_and_k_beyond_the_catalogue_is_cut(
