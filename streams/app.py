@@ -49,7 +49,8 @@ STUCK_S = 60.0
 """A fold that runs for so long, or an event loop silent for so long, fails liveness."""
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread that waits for the interpreter lets another run on. With Python's 5 ms a chunk of
+"""How long a thread that waits for the interpreter lets another run on. With Python's 5 ms a chunk
+of
 two clicks, which takes the lock some ten times, needed 12 ms beside others instead of 2.
 """
 
@@ -261,7 +262,7 @@ class Worker:
         return (f"{name}-{n}" for n in itertools.count())
 
     def _most_popular(self, popularity: Popularity) -> list[tuple[str, int]]:
-        return popularity.top(SUMMARY_ITEMS, available=self.runtime.catalog.is_available)
+        return popularity.summary(SUMMARY_ITEMS, available=self.runtime.catalog.is_available)
 
     def _write_fallback(self, tops: dict[int, dict[str, int]]) -> None:
         for partition, scores in tops.items():

@@ -74,19 +74,14 @@ class Popularity:
         self, num: int, *, available: Callable[[str], bool], drop: Container[str] = ()
     ) -> list[tuple[str, int]]:
         """Best items with their scores, ties by item id."""
-        # Only a few hundred of many thousand items can reach the list: sort those, not all.
-        scores = self._scores
-        floor = _floor(scores.values(), num + 256)
-        while True:
-            ranked = sorted((-score, item) for item, score in scores.items() if score >= floor)
-            best = [
-                (item, -negative)
-                for negative, item in ranked
-                if item not in drop and available(item)
-            ]
-            if len(best) >= num or floor == 0:
-                return best[:num]
-            floor = 0
+        return _best(self._scores, num, available, drop)
+
+    def summary(self, num: int, *, available: Callable[[str], bool]) -> list[tuple[str, int]]:
+        """`top` for another thread than the one that counts.
+
+        Copying a dict of strings is one step of the interpreter; walking one that grows raises.
+        """
+        return _best(self._scores.copy(), num, available, ())
 
     def _weigh(self) -> None:
         kept = self.buckets(self.watermark_ms)
@@ -103,3 +98,18 @@ def _floor(scores: Iterable[int], num: int) -> int:
     """A score that at least `num` items reach, 0 where there are not that many."""
     largest = heapq.nlargest(num, scores)
     return largest[-1] if len(largest) == num else 0
+
+
+def _best(
+    scores: dict[str, int], num: int, available: Callable[[str], bool], drop: Container[str]
+) -> list[tuple[str, int]]:
+    # Only a few hundred of many thousand items can reach the list: sort those, not all.
+    floor = _floor(scores.values(), num + 256)
+    while True:
+        ranked = sorted((-score, item) for item, score in scores.items() if score >= floor)
+        best = [
+            (item, -negative) for negative, item in ranked if item not in drop and available(item)
+        ]
+        if len(best) >= num or floor == 0:
+            return best[:num]
+        floor = 0
