@@ -157,10 +157,6 @@ class Catalog:
         limit = before[seen.partition] if 0 <= seen.partition < len(before) else 0
         return row if seen.partition < 0 or seen.offset < limit else None
 
-    def hashes(self, rows: npt.NDArray[np.int64]) -> list[int]:
-        """Hashes of rows, as records name them."""
-        return [item_hash(self.ids[row]) for row in rows.tolist()]
-
     def apply(self, item: ItemVersion | None, partition: int, offset: int) -> None:
         """Take one record of the items topic; None is a record that was no item.
 

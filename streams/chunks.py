@@ -22,7 +22,7 @@ from faust.serializers.schemas import Schema
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP
 
-from afterclick.streams.partition import Chunk, Record
+from afterclick.streams.partition import Chunk, record_of
 
 FETCH_WAIT_S = 0.5
 """Longest wait for records before pending seeks are looked at again."""
@@ -142,7 +142,7 @@ class ChunkConsumer(Consumer):
                     # Dropped: the next chunk begins after it, which the fold takes as a hole.
                     continue
                 message = self._to_message(tp, piece[-1])
-                chunk: Any = Chunk(begin, end, [_record(record) for record in piece])
+                chunk: Any = Chunk(begin, end, [record_of(record) for record in piece])
                 message.value = chunk
                 await self.callback(message)
 
@@ -151,9 +151,3 @@ class ChunkTransport(Transport):
     """Faust's aiokafka transport with `ChunkConsumer`."""
 
     Consumer = ChunkConsumer
-
-
-def _record(record: Any) -> Record:
-    return Record(
-        record.offset, record.timestamp, record.key, record.value, tuple(record.headers or ())
-    )

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError
 
 from afterclick.serving.errors import UnavailableError
 from afterclick.streams.admin import client_config
-from afterclick.streams.partition import Record
+from afterclick.streams.partition import Record, record_of
 from afterclick.streams.settings import StreamsSettings
 
 STALL_S = 30.0
@@ -82,7 +82,7 @@ class LogReader:
             until_s = time.monotonic() + STALL_S
             while self._guard(lambda: consumer.position(tp)) < stop:
                 found = self._guard(lambda: consumer.poll(POLL_MS, max_records=5000)).get(tp, [])
-                records = [_record(record) for record in found if record.offset < stop]
+                records = [record_of(record) for record in found if record.offset < stop]
                 if records:
                     until_s = time.monotonic() + STALL_S
                     yield records
@@ -123,7 +123,7 @@ class Tail:
     def poll(self) -> list[tuple[int, Record]]:
         """Partition and record of what came within `POLL_MS`."""
         found = _guarded(self._settings, lambda: self._consumer.poll(POLL_MS))
-        return [(tp.partition, _record(r)) for tp, records in found.items() for r in records]
+        return [(tp.partition, record_of(r)) for tp, records in found.items() for r in records]
 
     def close(self) -> None:
         """Close the connection."""
@@ -146,9 +146,3 @@ def _guarded(settings: StreamsSettings, action: Any) -> Any:
         return action()
     except KafkaError as error:
         raise UnavailableError(f"Kafka at {settings.broker}: {error}") from error
-
-
-def _record(record: Any) -> Record:
-    return Record(
-        record.offset, record.timestamp, record.key, record.value, tuple(record.headers or ())
-    )

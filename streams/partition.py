@@ -12,7 +12,7 @@ simulation drives it the same way. It holds the exactly-once rules of docs/archi
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -41,6 +41,11 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes], ...] = ()
+
+
+def record_of(raw: Any) -> Record:
+    """A record of aiokafka or kafka-python, which name its parts alike."""
+    return Record(raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))
 
 
 class Chunk(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import redis
 
 from afterclick.streams.admin import create_topics
-from afterclick.streams.local import Worker, local_broker, local_kafka, local_redis, local_worker
+from afterclick.streams.local import local_broker, local_kafka, local_redis
 from afterclick.streams.settings import StreamsSettings
 from tests.service.stage import Stage, some_clicks
 
@@ -82,7 +82,7 @@ def kill_under_load(stage: Stage, kills: int, *, seed: int, num_workers: int = 2
                 killed_s = time.monotonic()
                 workers[victim].process.kill()
                 ends = stage.ends()
-                workers[victim] = stack.enter_context(_replacement(stage))
+                workers[victim] = stack.enter_context(stage.worker())
                 stage.wait(
                     lambda goal=ends: all(stage.heads()[p] >= end for p, end in goal.items()),
                     "the log as of the kill is folded",
@@ -105,13 +105,6 @@ def kill_under_load(stage: Stage, kills: int, *, seed: int, num_workers: int = 2
         report.first_difference,
         recovery_s,
     )
-
-
-@contextlib.contextmanager
-def _replacement(stage: Stage):
-    with local_worker(stage.env, stage.folder) as worker:
-        assert isinstance(worker, Worker)
-        yield worker
 
 
 def main() -> int:
