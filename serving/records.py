@@ -193,6 +193,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     """Latest event time seen: the popularity's clock."""
     batch: str = ""
     """Id of the write that made this head: a script sent twice by the client recognises itself."""
+    hold: str = ""
+    """Why nobody may fold this partition now, in words for an operator; empty means go on."""
 
 
 class InputsEntry(msgspec.Struct, frozen=True, kw_only=True):

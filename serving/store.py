@@ -13,19 +13,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
+from afterclick.serving.connection import connect
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.reader import safe_url
 from afterclick.serving.records import Head, InputsEntry, stamp_list
-
-TIMEOUT_S = 5.0
-"""Longest wait for one answer; a script over 256 users takes about 2 ms."""
-
-RETRIES = 2
-"""Re-sends by the client; a script sent twice recognises its own batch."""
 
 COMMIT = """
 local head = redis.call('GET', KEYS[1]) or ''
@@ -110,7 +103,16 @@ class Read(NamedTuple):
 
 
 class Store:
-    """Redis of one namespace."""
+    """Redis of one namespace.
+
+    Args:
+        url: of the server; messages show it without its secrets.
+        keys: names of the namespace.
+        record_ttl_s: seconds after its last write when a user's record and list may go.
+        popularity_ttl_s: the same for an hour's popularity.
+        clock_ms: what lists are stamped with.
+        client: instead of a connection to `url`: the simulation brings its own.
+    """
 
     def __init__(
         self,
@@ -120,6 +122,7 @@ class Store:
         record_ttl_s: int,
         popularity_ttl_s: int,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        client: Any = None,
     ) -> None:
         self.keys = keys
         self._url = url
@@ -128,12 +131,7 @@ class Store:
         self._clock_ms = clock_ms
         self.observe_s: Callable[[float], None] = lambda _: None
         """Told how long each call took, answer included."""
-        self._redis = redis.Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
-        )
+        self._redis: Any = connect(url) if client is None else client
         self._commit = self._redis.register_script(COMMIT)
         self._unavailable = self._redis.register_script(_UNAVAILABLE)
 
@@ -158,7 +156,8 @@ class Store:
             pipe.get(self.keys.head(partition))
             for bucket in buckets:
                 pipe.hgetall(self.keys.popularity(partition, bucket))
-            return pipe.execute()
+            found: list[Any] = pipe.execute()
+            return found
 
         head, *hashes = self._call(transaction)
         counts = {

@@ -13,10 +13,12 @@ import itertools
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import faust
@@ -322,6 +324,8 @@ def build_app(worker: Worker) -> faust.App:
         streams.group,
         broker=";".join(f"kafka://{address}" for address in streams.broker.split(",")),
         store="memory://",
+        # Faust makes this folder and keeps nothing in it: not where the worker was started.
+        datadir=str(Path(tempfile.gettempdir()) / "afterclick-faust"),
         autodiscover=False,
         web_enabled=False,
         topic_disable_leader=True,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.errors import ContractError
+from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.records import (
     Head,
     InputsEntry,
@@ -203,7 +203,7 @@ class PartitionFold:
 
         Raises:
             ContractError: the head does not belong to this log; the message names the remedy.
-            UnavailableError: Redis does not answer.
+            UnavailableError: Redis does not answer, or somebody holds the partition.
         """
         self._reload()
         head, where = self._head, f"partition {self.partition}"
@@ -450,6 +450,8 @@ class PartitionFold:
             if again == stored:
                 break
             stored = again
+        if head.hold:
+            raise UnavailableError(f"partition {self.partition}: held: {head.hold}")
         popularity.load(head.watermark_ms, hours)
         before = self._head
         self._stored, self._head, self._popularity = stored, head, popularity

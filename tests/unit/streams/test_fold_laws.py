@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.errors import UnavailableError
 from afterclick.serving.manifest import Publication
-from afterclick.serving.records import TopList, decode_record, item_hash, unpack_interactions
+from afterclick.serving.records import Head, TopList, decode_record, item_hash, unpack_interactions
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click, Item
@@ -284,3 +285,21 @@ def click(user: str, item: int) -> Click:
 
 def _history(interactions: bytes) -> set[int]:
     return {kept.item_hash for kept in unpack_interactions(interactions)}
+
+
+def test_a_held_partition_waits_with_the_words_of_whoever_holds_it(
+    release: LoadedRelease,
+) -> None:
+    """A worker that folds beside a rebuild or a migration would mix two states."""
+    store = MemoryStore()
+    fold = folder_of(store, serving_of(release))
+    chunk, following = cut(log_of([click("u1", 1), click("u1", 2)]), [1])
+    fold.process(chunk)
+    free = msgspec.json.decode(store.heads[0], type=Head)
+    store.heads[0] = msgspec.json.encode(msgspec.structs.replace(free, hold="rebuild 7"))
+    with pytest.raises(UnavailableError, match="rebuild 7"):
+        fold.process(following)
+    with pytest.raises(UnavailableError, match="rebuild 7"):
+        folder_of(store, serving_of(release))
+    store.heads[0] = msgspec.json.encode(free)
+    assert fold.process(following).applied
