@@ -43,6 +43,10 @@ class Keys:
         """Redis list of what else entered the partition's fold, and from which offset on."""
         return f"{{{self.namespace}:{partition}}}:inputs"
 
+    def due(self, partition: int) -> str:
+        """Redis hash of the users whose lists were put off: record key → what it must answer."""
+        return f"{{{self.namespace}:{partition}}}:due"
+
     def user(self, partition: int, user_id: str) -> str:
         """A user's packed record."""
         return f"{{{self.namespace}:{partition}}}:u:{user_id}"

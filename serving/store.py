@@ -1,12 +1,9 @@
-"""Redis: atomic read, compare-and-set script; the only file that writes Redis.
+"""Redis: atomic read, compare-and-set scripts (scripts.py); the only file that writes Redis.
 
-Everything of one partition changes by one script, `COMMIT`, and only while the stored head is,
-whole, the
-one that was read. Lists written outside it ended wrong in 349 of 400 simulated failovers
-(design.md). The
-client is the synchronous one, used from worker threads: one MGET and one script a chunk.
+The client is the synchronous one, used from worker threads: one MGET and one script a chunk.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,63 +16,16 @@ from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.reader import safe_url
 from afterclick.serving.records import Head, InputsEntry, stamp_list
+from afterclick.serving.scripts import COMMIT, RENEW, UNAVAILABLE
 
-COMMIT = """
-local head = redis.call('GET', KEYS[1]) or ''
-if head == ARGV[2] then return 'OK' end
-if head ~= ARGV[1] then return head end
-redis.call('SET', KEYS[1], ARGV[2])
-if ARGV[3] ~= '' then redis.call('RPUSH', KEYS[2], ARGV[3]) end
-local ttl = ARGV[4]
-local key, arg = 3, 7
-for _ = 1, tonumber(ARGV[5]) do
-  for _ = 1, 2 do
-    if ARGV[arg] == '' then redis.call('DEL', KEYS[key])
-    else redis.call('SET', KEYS[key], ARGV[arg], 'EX', ttl) end
-    key, arg = key + 1, arg + 1
-  end
-end
-while KEYS[key] do
-  for _ = 1, tonumber(ARGV[arg]) do
-    redis.call('HINCRBY', KEYS[key], ARGV[arg + 1], ARGV[arg + 2])
-    arg = arg + 2
-  end
-  redis.call('EXPIRE', KEYS[key], ARGV[6])
-  key, arg = key + 1, arg + 1
-end
-return 'OK'
-"""
-"""KEYS: head, inputs, then record and list of each user, then popularity hashes.
-ARGV: head expected, head new, inputs entry or '', seconds to keep users, number of users, seconds
-to keep
-popularity, then record and list of each user ('' deletes), then per hash: count, item, increment, …
-Answers OK, or the head that stands there. A head holds its write's batch id, so finding the new
-head
-means that this very script ran before and the client sent it again.
-"""
 
-_UNAVAILABLE = """
-local total = tonumber(redis.call('GET', KEYS[2]) or '-1')
-if total > tonumber(ARGV[2]) then return 0 end
-if total ~= tonumber(ARGV[1]) then
-  redis.call('DEL', KEYS[1])
-  for i = tonumber(ARGV[3]) + 4, #ARGV do redis.call('SADD', KEYS[1], ARGV[i]) end
-else
-  for i = 4, tonumber(ARGV[3]) + 3 do
-    local id = string.sub(ARGV[i], 2)
-    if string.sub(ARGV[i], 1, 1) == '-' then redis.call('SADD', KEYS[1], id)
-    else redis.call('SREM', KEYS[1], id) end
-  end
-end
-redis.call('SET', KEYS[2], ARGV[2])
-return 1
-"""
-"""Keep `<ns>:unavailable`. A worker that is behind writes nothing; one that finds another history
-than its
-own writes the whole set. KEYS: set, version. ARGV: version expected, new, number of changes,
-changes
-('-id' gone, '+id' back), then the whole set.
-"""
+class Due(NamedTuple):
+    """The event that a list which was put off must answer."""
+
+    offset: int
+    event_ms: int
+    record_ms: int
+    """Timestamp of its log record: how long the list is late."""
 
 
 class UserWrite(NamedTuple):
@@ -85,6 +35,16 @@ class UserWrite(NamedTuple):
     record: bytes
     list_body: bytes
     """`encode_list`'s bytes; the store adds the moment."""
+    due: Due | None = None
+    """Leaves the list as it stands and marks it as due."""
+
+
+class Standing(NamedTuple):
+    """One user as read for a renewal."""
+
+    record: bytes | None
+    list_data: bytes | None
+    due: Due | None
 
 
 class PopularityWrite(NamedTuple):
@@ -133,7 +93,8 @@ class Store:
         """Told how long each call took, answer included."""
         self._redis: Any = connect(url) if client is None else client
         self._commit = self._redis.register_script(COMMIT)
-        self._unavailable = self._redis.register_script(_UNAVAILABLE)
+        self._renew = self._redis.register_script(RENEW)
+        self._unavailable = self._redis.register_script(UNAVAILABLE)
 
     def close(self) -> None:
         """Close the connections."""
@@ -183,7 +144,7 @@ class Store:
         """
         new = msgspec.json.encode(head)
         written_ms = self._clock_ms()
-        names = [self.keys.head(partition), self.keys.inputs(partition)]
+        names = [self.keys.head(partition), self.keys.inputs(partition), self.keys.due(partition)]
         args: list[bytes | int | str] = [
             expected,
             new,
@@ -197,12 +158,65 @@ class Store:
             names.append(self.keys.top(partition, user.user_id))
             args.append(user.record)
             args.append(stamp_list(user.list_body, written_ms) if user.list_body else b"")
+            args.append(b"%d %d %d" % user.due if user.due else b"")
         for hour in popularity:
             names.append(self.keys.popularity(partition, hour.bucket))
             args.append(len(hour.counts))
             for item, count in hour.counts.items():
                 args += [item, count]
         answer: bytes = self._call(lambda: self._commit(keys=names, args=args))
+        return None if answer == b"OK" else answer
+
+    def due_users(self, partition: int, limit: int) -> list[str]:
+        """Some of the users whose lists are due, at most `limit`; none only if there are none."""
+        prefix = len(self.keys.user(partition, ""))
+        name = self.keys.due(partition)
+
+        def scan() -> list[str]:
+            fields = itertools.islice(self._redis.hscan_iter(name, count=limit), limit)
+            return [field.decode()[prefix:] for field, _ in fields]
+
+        found: list[str] = self._call(scan)
+        return found
+
+    def read_standing(
+        self, partition: int, user_ids: Sequence[str]
+    ) -> tuple[bytes, list[Standing]]:
+        """Head, and records, lists and due marks of users, of one moment."""
+        records = [self.keys.user(partition, user) for user in user_ids]
+        lists = [self.keys.top(partition, user) for user in user_ids]
+
+        def transaction() -> list[Any]:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.mget([self.keys.head(partition), *records, *lists])
+            pipe.hmget(self.keys.due(partition), records)
+            found: list[Any] = pipe.execute()
+            return found
+
+        (head, *found), marks = self._call(transaction)
+        dues = [Due(*map(int, mark.split())) if mark else None for mark in marks]
+        middle = len(user_ids)
+        return head or b"", list(map(Standing, found[:middle], found[middle:], dues))
+
+    def renew(self, partition: int, expected: bytes, users: Sequence[UserWrite]) -> bytes | None:
+        """Write lists, and records rebuilt for them, if the stored head is the one expected.
+
+        Args:
+            partition: whose users these are.
+            expected: the head that they were read with.
+            users: an empty record is left as it stands.
+
+        Returns:
+            None when it was written; else the head that stands there.
+        """
+        written_ms = self._clock_ms()
+        names = [self.keys.head(partition), self.keys.due(partition)]
+        args: list[bytes | int] = [expected, self.record_ttl_s * 1000]
+        for user in users:
+            names.append(self.keys.user(partition, user.user_id))
+            names.append(self.keys.top(partition, user.user_id))
+            args += [user.record, stamp_list(user.list_body, written_ms)]
+        answer: bytes = self._call(lambda: self._renew(keys=names, args=args))
         return None if answer == b"OK" else answer
 
     def inputs(self, partition: int) -> list[InputsEntry]:

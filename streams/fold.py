@@ -87,6 +87,8 @@ class Folded(NamedTuple):
     popularity: dict[int, dict[str, int]]
     """Clicks added per hour and item."""
     counts: Counts
+    due: dict[str, tuple[int, int]]
+    """Offset and time of the event that a list must answer which was put off."""
 
 
 class _Draft:
@@ -162,6 +164,7 @@ def fold(
     popularity: Popularity,
     release: Release | None,
     catalog: Catalog,
+    put_off: bool = False,
 ) -> Folded:
     """Fold events in log order.
 
@@ -173,6 +176,8 @@ def fold(
         popularity: as of the first event; it is moved past the last one.
         release: the loaded release of `inputs.publication`; None only for publication 0.
         catalog: items as of `inputs.items`; the release's own where there is one.
+        put_off: scan nothing now; name the lists that are due instead. Lists without a release cost
+            no scan and can only be made at their event.
     """
     assert (release is None) == (inputs.publication == 0)
     drafts: dict[str, _Draft] = {}
@@ -195,7 +200,35 @@ def fold(
         moved = [draft for draft in drafts.values() if draft.changed or draft.listed_at is not None]
         counts["rebuilt"] = _rebuild(moved, inputs, release)
         counts["steps"] = _advance(moved, release)
-    return _finish(drafts, partition, inputs, release, added, Counts(**counts))
+    return _finish(drafts, partition, inputs, release, added, Counts(**counts), put_off=put_off)
+
+
+def renew(
+    users: Mapping[str, tuple[UserRecord | None, int, int]],
+    *,
+    partition: int,
+    inputs: Inputs,
+    release: Release,
+) -> Folded:
+    """Make lists anew that answer an earlier event, rebuilding records of another publication.
+
+    What comes out is what `fold` would have given at that event, had `inputs` been in force.
+
+    Args:
+        users: record, and offset and time of the event that the list answers.
+        partition: whose users these are.
+        inputs: in force now.
+        release: the loaded release of `inputs.publication`.
+
+    Returns:
+        lists of all, records of those with a past.
+    """
+    drafts: dict[str, _Draft] = {}
+    for user_id, (record, offset, event_ms) in users.items():
+        draft = drafts[user_id] = _Draft(record or UserRecord())
+        draft.listed_at, draft.offset, draft.event_ms = 0, offset, event_ms
+    rebuilt = _rebuild(list(drafts.values()), inputs, release)
+    return _finish(drafts, partition, inputs, release, {}, Counts(rebuilt=rebuilt), put_off=False)
 
 
 def rank_states(
@@ -382,6 +415,8 @@ def _finish(
     release: Release | None,
     added: dict[int, dict[str, int]],
     counts: Counts,
+    *,
+    put_off: bool,
 ) -> Folded:
     records: dict[str, UserRecord | None] = {}
     lists: dict[str, bytes] = {}
@@ -400,6 +435,9 @@ def _finish(
             listed[user_id] = draft
         else:
             lists[user_id] = b""
+    if put_off and release is not None:
+        due = {user_id: (draft.offset, draft.event_ms) for user_id, draft in listed.items()}
+        return Folded(records, lists, added, counts, due)
     if release is None:
         rankings = [
             Ranked([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
@@ -421,7 +459,7 @@ def _finish(
                 event_ms=draft.event_ms,
             )
         )
-    return Folded(records, lists, added, counts)
+    return Folded(records, lists, added, counts, {})
 
 
 def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked]:

@@ -1,8 +1,7 @@
 """One partition's way from log to Redis: what is applied, skipped, refused or read again.
 
 Knows neither Faust, threads nor a clock: the app feeds it chunks and moves the consumer as told;
-the
-simulation drives it the same way. It holds the exactly-once rules of docs/architecture.md:
+the simulation drives it the same way. It holds the exactly-once rules of docs/architecture.md:
 
 - the stored head says where the log goes on; Kafka's committed offset is only a hint;
 - a chunk below the head is skipped, one that overlaps is cut, one beyond it is a hole: seek back;
@@ -10,6 +9,7 @@ simulation drives it the same way. It holds the exactly-once rules of docs/archi
 - on any mismatch every cache is dropped and the stored head is where things go on.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -21,15 +21,16 @@ from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.records import (
     Head,
     InputsEntry,
+    TopList,
     UserRecord,
     decode_record,
     encode_record,
     rules_digest,
 )
 from afterclick.serving.settings import ListRules
-from afterclick.serving.store import PopularityWrite, Read, UserWrite
+from afterclick.serving.store import Due, PopularityWrite, Read, Standing, UserWrite
 from afterclick.streams.events import FoldEvent, decode_click
-from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold
+from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold, renew
 from afterclick.streams.popularity import Popularity
 
 
@@ -103,6 +104,13 @@ class PartitionStore(Protocol):
         users: Sequence[UserWrite],
         popularity: Sequence[PopularityWrite],
     ) -> bytes | None: ...
+    def due_users(self, partition: int, limit: int) -> list[str]: ...  # noqa: D102
+    def read_standing(  # noqa: D102
+        self, partition: int, user_ids: Sequence[str]
+    ) -> tuple[bytes, list[Standing]]: ...
+    def renew(  # noqa: D102
+        self, partition: int, expected: bytes, users: Sequence[UserWrite]
+    ) -> bytes | None: ...
 
 
 class Limits(NamedTuple):
@@ -113,6 +121,10 @@ class Limits(NamedTuple):
     bytes_max: int
     cache_users_max: int = 20_000
     """Records kept decoded between chunks: about 2 KB each."""
+    rebuilds_max: int = 64
+    """Users of another publication rebuilt in one write, 50 steps each at worst: they come first at
+    a swap, and whoever waits behind them waits no longer than that.
+    """
 
 
 class Applied(NamedTuple):
@@ -125,6 +137,19 @@ class Applied(NamedTuple):
     dead_letters: int
     oldest_ms: int
     """Smallest record timestamp in it: how long its first click waited."""
+    put_off: int = 0
+    """Lists that are due since."""
+
+
+class Renewed(NamedTuple):
+    """What a renewal came to."""
+
+    lists: int = 0
+    rebuilt: int = 0
+    oldest_due_ms: int | None = None
+    """Smallest record timestamp that a due list waited for."""
+    seek: int | None = None
+    """Another writer was seen: the consumer must go here."""
 
 
 class Moved(NamedTuple):
@@ -173,6 +198,8 @@ class PartitionFold:
         self._head = Head()
         self._opened = False
         self._torn = False  # an exception left this object between two states
+        self.has_due = True  # unknown yet
+        """Whether lists may be due; false once a look found none."""
         self._cache: dict[str, UserRecord | None] = {}
         self._popularity = self._new_popularity()
 
@@ -250,12 +277,14 @@ class PartitionFold:
         self._reload()
         return self._head.next
 
-    def process(self, chunk: Chunk) -> Moved:
-        """Fold what of a chunk is new, in writes within the limits."""
-        assert self._opened, "open() decides whether this log may be folded at all"
-        if self._torn:
-            # A write may or may not have gone through before the exception: Redis knows.
-            self._reload()
+    def process(self, chunk: Chunk, *, put_off: bool = False) -> Moved:
+        """Fold what of a chunk is new, in writes within the limits.
+
+        Args:
+            chunk: records as they came.
+            put_off: advance states only; the lists are due, and `renew_due` makes them.
+        """
+        self._mend()
         applied: list[Applied] = []
         if chunk.end <= self._head.next:
             return Moved(applied)
@@ -270,16 +299,82 @@ class PartitionFold:
             if self._is_ahead_of(serving):
                 self._torn = False
                 return Moved(applied, waiting_for=self._head.publication)
-            piece, events, letters = self._take(records)
-            if letters:
-                # Their acknowledgement comes before the offset moves, so none is ever lost.
-                self._dead_letters(letters)
-            if not self._write(piece, events, serving, applied, len(letters)):
+            written = self._write(self._take(records), serving, put_off=put_off)
+            if written is None:
                 self._reload()
                 return Moved(applied, seek=self._head.next, mismatch=True)
-            records = records[len(piece) :]
+            applied.append(written)
+            records = records[written.records :]
         self._torn = False
         return Moved(applied)
+
+    def renew_due(self, limit: int) -> Renewed:
+        """Make up to `limit` of the lists that were put off."""
+        self._mend()
+        users = self._store.due_users(self.partition, limit)
+        if not users:
+            self.has_due = False
+            return Renewed()
+        return self.renew(users)
+
+    def renew(self, user_ids: Sequence[str]) -> Renewed:
+        """Make lists anew, under the release and the items in force; up-to-date ones stay.
+
+        A list keeps the event that it answers. Records of another publication are rebuilt, so that
+        the next click finds them ready.
+        """
+        self._mend()
+        serving = self._serving()
+        release = serving.release
+        if not self._stored or release is None or self._is_ahead_of(serving):
+            return Renewed()
+        self._torn = True
+        inputs, entry = self._inputs(serving)
+        if entry is not None and not self._enter(inputs, entry):
+            return self._overtaken()
+        stored, standing = self._store.read_standing(self.partition, user_ids)
+        if stored != self._stored:
+            return self._overtaken()
+        wanted: dict[str, tuple[UserRecord | None, int, int]] = {}
+        for user_id, user in zip(user_ids, standing, strict=True):
+            if (answers := _answers(user, inputs)) is not None:
+                record = decode_record(user.record) if user.record else None
+                wanted[user_id] = (record, *answers)
+        folded = renew(wanted, partition=self.partition, inputs=inputs, release=release)
+        rebuilt = {
+            user_id: record
+            for user_id, record in folded.records.items()
+            if record is not None and record != wanted[user_id][0]
+        }
+        writes = [
+            UserWrite(user, encode_record(rebuilt[user]) if user in rebuilt else b"", body)
+            for user, body in folded.lists.items()
+        ]
+        if writes and self._store.renew(self.partition, self._stored, writes) is not None:
+            return self._overtaken()
+        self._cache.update(
+            (user, record) for user, record in rebuilt.items() if user in self._cache
+        )
+        self._torn = False
+        return Renewed(
+            lists=len(writes),
+            rebuilt=len(rebuilt),
+            oldest_due_ms=min((user.due.record_ms for user in standing if user.due), default=None),
+        )
+
+    def recent_users(self, limit: int) -> list[str]:
+        """Users written last by this worker, newest first."""
+        return list(itertools.islice(reversed(self._cache), limit))
+
+    def _mend(self) -> None:
+        assert self._opened, "open() decides whether this log may be folded at all"
+        if self._torn:
+            # A write may or may not have gone through before the exception: Redis knows.
+            self._reload()
+
+    def _overtaken(self) -> Renewed:
+        self._reload()
+        return Renewed(seek=self._head.next)
 
     def _is_ahead_of(self, serving: Serving) -> bool:
         """Whether the stored head rests on a release or on items that this worker does not have
@@ -311,13 +406,9 @@ class PartitionFold:
             reason="head-before-start",
         )
 
-    def _take(
-        self, records: Sequence[Record]
-    ) -> tuple[list[Record], list[FoldEvent], list[DeadLetter]]:
+    def _take(self, records: Sequence[Record]) -> list[tuple[Record, FoldEvent | DeadLetter]]:
         """As many records from the front as one write may cover, decoded."""
-        piece: list[Record] = []
-        events: list[FoldEvent] = []
-        letters: list[DeadLetter] = []
+        piece: list[tuple[Record, FoldEvent | DeadLetter]] = []
         users: set[str] = set()
         size = 0
         for record in records:
@@ -332,28 +423,33 @@ class PartitionFold:
                     record_ms=record.timestamp_ms,
                 )
             except ContractError as error:
-                letters.append(DeadLetter(record, error.reason, str(error)))
-            else:
-                if event.user_id not in users and len(users) >= self._limits.users_max:
-                    break
-                users.add(event.user_id)
-                events.append(event)
-            piece.append(record)
-        return piece, events, letters
+                piece.append((record, DeadLetter(record, error.reason, str(error))))
+                continue
+            if event.user_id not in users and len(users) >= self._limits.users_max:
+                break
+            users.add(event.user_id)
+            piece.append((record, event))
+        return piece
 
     def _write(
         self,
-        piece: list[Record],
-        events: list[FoldEvent],
+        piece: list[tuple[Record, FoldEvent | DeadLetter]],
         serving: Serving,
-        applied: list[Applied],
-        num_letters: int,
-    ) -> bool:
-        user_ids = list(dict.fromkeys(event.user_id for event in events))
-        records = self._records_of(user_ids)
+        *,
+        put_off: bool,
+    ) -> Applied | None:
+        """Fold and write; None when another writer was seen."""
+        user_ids = dict.fromkeys(e.user_id for _, e in piece if isinstance(e, FoldEvent))
+        records = self._records_of(list(user_ids))
         if records is None:
-            return False
+            return None
         inputs, entry = self._inputs(serving)
+        piece = self._within_rebuilds(piece, records, inputs)
+        events = [event for _, event in piece if isinstance(event, FoldEvent)]
+        letters = [letter for _, letter in piece if isinstance(letter, DeadLetter)]
+        if letters:
+            # Their acknowledgement comes before the offset moves, so none is ever lost.
+            self._dead_letters(letters)
         folded = self._folding(
             events,
             records,
@@ -362,39 +458,72 @@ class PartitionFold:
             popularity=self._popularity,
             release=serving.release,
             catalog=serving.catalog,
+            put_off=put_off,
         )
-        last = piece[-1]
-        head = Head(
-            topic_id=self._head.topic_id,
+        last = piece[-1][0]
+        head = msgspec.structs.replace(
+            self._head_under(inputs),
             next=last.offset + 1,
             last_offset=last.offset,
             last_crc=record_crc(last.key, last.value),
+            clicks=self._head.clicks + folded.counts.clicks,
+            watermark_ms=self._popularity.watermark_ms,
+        )
+        came_ms = {record.offset: record.timestamp_ms for record, _ in piece}
+        users = _user_writes(folded, came_ms)
+        hours = [PopularityWrite(hour, counts) for hour, counts in folded.popularity.items()]
+        if self._store.commit(self.partition, self._stored, head, entry, users, hours) is not None:
+            return None
+        self._head, self._stored = head, msgspec.json.encode(head)
+        self._remember(folded.records)
+        self.has_due = self.has_due or bool(folded.due)
+        return Applied(
+            records=len(piece),
+            bytes=sum(len(record.value or b"") for record, _ in piece),
+            users=len(users),
+            counts=folded.counts,
+            dead_letters=len(letters),
+            oldest_ms=min(came_ms.values()),
+            put_off=len(folded.due),
+        )
+
+    def _within_rebuilds(
+        self,
+        piece: list[tuple[Record, FoldEvent | DeadLetter]],
+        records: dict[str, UserRecord | None],
+        inputs: Inputs,
+    ) -> list[tuple[Record, FoldEvent | DeadLetter]]:
+        """The part of a piece that has no more users to rebuild than one write may."""
+        stale: set[str] = set()
+        for at, (_, event) in enumerate(piece):
+            if isinstance(event, DeadLetter):
+                continue
+            record = records[event.user_id]
+            if record is not None and record.publication != inputs.publication:
+                stale.add(event.user_id)
+                if len(stale) > self._limits.rebuilds_max:
+                    return piece[:at]
+        return piece
+
+    def _head_under(self, inputs: Inputs) -> Head:
+        """The head in hand under the inputs given, with a batch id of its own."""
+        return msgspec.structs.replace(
+            self._head,
             publication=inputs.publication,
             release=inputs.release,
             sha256=inputs.sha256,
             publication_items=list(inputs.publication_items),
             items=list(inputs.items),
             settings=self._digest,
-            clicks=self._head.clicks + folded.counts.clicks,
-            watermark_ms=self._popularity.watermark_ms,
             batch=next(self._batch_ids),
         )
-        users = _user_writes(folded)
-        hours = [PopularityWrite(hour, counts) for hour, counts in folded.popularity.items()]
-        if self._store.commit(self.partition, self._stored, head, entry, users, hours) is not None:
+
+    def _enter(self, inputs: Inputs, entry: InputsEntry) -> bool:
+        """Put other inputs in force without a record; false when another writer was seen."""
+        head = self._head_under(inputs)
+        if self._store.commit(self.partition, self._stored, head, entry, [], []) is not None:
             return False
         self._head, self._stored = head, msgspec.json.encode(head)
-        self._remember(folded.records)
-        applied.append(
-            Applied(
-                records=len(piece),
-                bytes=sum(len(record.value or b"") for record in piece),
-                users=len(users),
-                counts=folded.counts,
-                dead_letters=num_letters,
-                oldest_ms=min(record.timestamp_ms for record in piece),
-            )
-        )
         return True
 
     def _records_of(self, user_ids: list[str]) -> dict[str, UserRecord | None] | None:
@@ -439,7 +568,7 @@ class PartitionFold:
 
     def _reload(self) -> None:
         """Forget everything and take head and popularity from Redis, of one moment."""
-        self._torn = True
+        self._torn, self.has_due = True, True
         self._cache.clear()
         stored = self._store.read(self.partition, []).head
         while True:
@@ -473,8 +602,25 @@ def record_crc(key: bytes | None, value: bytes | None) -> int:
     return zlib.crc32(value or b"", zlib.crc32(key or b""))
 
 
-def _user_writes(folded: Folded) -> list[UserWrite]:
-    return [
-        UserWrite(user, encode_record(record) if record else b"", folded.lists[user])
-        for user, record in folded.records.items()
-    ]
+def _user_writes(folded: Folded, came_ms: dict[int, int]) -> list[UserWrite]:
+    writes = []
+    for user, record in folded.records.items():
+        due = None
+        if user in folded.due:
+            offset, event_ms = folded.due[user]
+            due = Due(offset, event_ms, came_ms[offset])
+        packed = encode_record(record) if record else b""
+        writes.append(UserWrite(user, packed, folded.lists.get(user, b""), due))
+    return writes
+
+
+def _answers(user: Standing, inputs: Inputs) -> tuple[int, int] | None:
+    """Offset and time of the event that a user's list must answer, None where it stands so."""
+    if user.due is not None:
+        return user.due.offset, user.due.event_ms
+    if user.list_data is None:
+        return None
+    top = msgspec.json.decode(user.list_data, type=TopList)
+    if (top.publication, top.items_offset) == (inputs.publication, list(inputs.items)):
+        return None
+    return top.offset, top.event_ms

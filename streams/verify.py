@@ -33,11 +33,12 @@ from afterclick.serving.records import (
 )
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings, serving_settings
-from afterclick.serving.store import PopularityWrite, Read, Store, UserWrite
+from afterclick.serving.store import Store
 from afterclick.streams.admin import check_topics
 from afterclick.streams.app import open_store
 from afterclick.streams.log import LogReader
 from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record, Serving
+from afterclick.streams.replica import Replica
 from afterclick.streams.runtime import read_items
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
@@ -45,49 +46,6 @@ USERS_PER_READ = 200
 CHUNK_RECORDS = 1024
 
 log = logging.getLogger(__name__)
-
-
-class Replica:
-    """What Redis would hold of one partition, in memory."""
-
-    def __init__(self) -> None:
-        self.head = b""
-        self.records: dict[str, bytes] = {}
-        self.lists: dict[str, bytes] = {}
-        self._hours: dict[int, dict[str, int]] = {}
-
-    def read(self, partition: int, user_ids: Sequence[str]) -> Read:
-        """Head and records."""
-        return Read(self.head, [self.records.get(user) for user in user_ids])
-
-    def read_popularity(
-        self, partition: int, buckets: Sequence[int]
-    ) -> tuple[bytes, dict[int, dict[str, int]]]:
-        """Head and hourly counts."""
-        return self.head, {hour: self._hours[hour] for hour in buckets if hour in self._hours}
-
-    def commit(
-        self,
-        partition: int,
-        expected: bytes,
-        head: Head,
-        entry: InputsEntry | None,
-        users: Sequence[UserWrite],
-        popularity: Sequence[PopularityWrite],
-    ) -> bytes | None:
-        """Take a write; nobody else writes here."""
-        assert expected == self.head
-        self.head = msgspec.json.encode(head)
-        for user in users:
-            for table, value in ((self.records, user.record), (self.lists, user.list_body)):
-                table.pop(user.user_id, None)
-                if value:
-                    table[user.user_id] = value
-        for hour in popularity:
-            counts = self._hours.setdefault(hour.bucket, {})
-            for item, count in hour.counts.items():
-                counts[item] = counts.get(item, 0) + count
-        return None
 
 
 class Releases:
@@ -167,7 +125,13 @@ class Replay:
     @property
     def head(self) -> Head:
         """Where the replay stands."""
-        return msgspec.json.decode(self.replica.head, type=Head) if self.replica.head else Head()
+        stored = self.replica.heads.get(self.partition)
+        return msgspec.json.decode(stored, type=Head) if stored else Head()
+
+    @property
+    def users(self) -> set[str]:
+        """Everybody with a record or a list."""
+        return {*(user for _, user in self.replica.records), *self.replica.lists}
 
     def run_to(self, stop: int, entries: list[InputsEntry]) -> None:
         """Fold up to offset `stop`, under the inputs known by now."""
@@ -309,11 +273,7 @@ def _verify_partition(
     replay = Replay(partition, entries, releases, reader, topic)
     replay.run_to(head.next, entries)
     report.behind += max(0, end - head.next)
-    users = sorted(
-        {user}
-        if user
-        else {*replay.replica.records, *replay.replica.lists, *store.users(partition)}
-    )
+    users = sorted({user} if user else {*replay.users, *store.users(partition)})
     for at in range(0, len(users), USERS_PER_READ):
         head = _compare(users[at : at + USERS_PER_READ], partition, store, replay, report)
     report.users += len(users)
@@ -343,7 +303,7 @@ def _compare(
     replica = replay.replica
     for name, record, top in zip(users, read.records, lists, strict=True):
         where = f"partition {partition}, user {name!r}"
-        expected, expected_top = replica.records.get(name), replica.lists.get(name)
+        expected, expected_top = replica.records.get((partition, name)), replica.lists.get(name)
         if record is None and top is None and _is_expired(name, replay, store):
             report.expired += 1
             continue

@@ -20,8 +20,8 @@ from afterclick.serving.records import (
     without_stamp,
 )
 from afterclick.serving.settings import ListRules, ServingSettings
-from afterclick.serving.store import PopularityWrite, Store, UserWrite
-from tests.doubles import MemoryStore
+from afterclick.serving.store import Due, PopularityWrite, Standing, Store, UserWrite
+from afterclick.streams.replica import Replica
 
 pytestmark = pytest.mark.service
 
@@ -56,8 +56,8 @@ def real(redis_url: str, namespace: str) -> Iterator[Store]:
 
 
 @pytest.fixture(params=["redis", "memory"])
-def store(request: pytest.FixtureRequest) -> Store | MemoryStore:
-    return request.getfixturevalue("real") if request.param == "redis" else MemoryStore()
+def store(request: pytest.FixtureRequest) -> Store | Replica:
+    return request.getfixturevalue("real") if request.param == "redis" else Replica()
 
 
 LIST = encode_list(
@@ -75,7 +75,7 @@ LIST = encode_list(
 )
 
 
-def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | MemoryStore) -> None:
+def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | Replica) -> None:
     """The fence: a zombie's write changes nothing, and it is told where things stand."""
     first, second = head(5), head(9)
     write = [UserWrite("u1", b"one", LIST)]
@@ -93,7 +93,7 @@ def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | Memo
     assert store.read_popularity(0, range(6, 9)) == (encoded(second), {7: {"i1": 4}})
 
 
-def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | MemoryStore) -> None:
+def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | Replica) -> None:
     """redis-py re-sends a script whose answer was lost; its own batch tells it."""
     hours = [PopularityWrite(7, {"i1": 1})]
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | MemoryS
     assert store.read_popularity(0, range(7, 8))[1] == {7: {"i1": 1}}
 
 
-def test_empty_bytes_delete_the_record_and_the_list(store: Store | MemoryStore) -> None:
+def test_empty_bytes_delete_the_record_and_the_list(store: Store | Replica) -> None:
     """`forget` must leave nothing."""
     assert store.commit(0, b"", head(1), None, [UserWrite("u1", b"x", LIST)], []) is None
     assert store.commit(0, encoded(head(1)), head(2), None, [UserWrite("u1", b"", b"")], []) is None
@@ -150,3 +150,58 @@ def test_the_unavailable_set_follows_the_newest_worker(
         assert real.write_unavailable(7, 9, ["-d"], ["d"])
         assert client.smembers(name) == {"d"}
         assert client.get(f"{name}:version") == "9"
+
+
+def test_a_list_put_off_stays_as_it_is_until_it_is_made(store: Store | Replica) -> None:
+    """A mark says what the list must answer; the write that makes the list takes the mark away."""
+    due = Due(7, 1_700_000_000_123, 1_700_000_000_456)
+    late = [UserWrite("u1", b"two", b"", due), UserWrite("u2", b"new", b"", due)]
+    store.commit(0, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
+    assert store.commit(0, encoded(head(1)), head(2), None, late, []) is None
+    assert sorted(store.due_users(0, 10)) == ["u1", "u2"]
+    assert len(store.due_users(0, 1)) == 1
+    stands, (one, two, nobody) = store.read_standing(0, ["u1", "u2", "u3"])
+    assert stands == encoded(head(2))
+    assert (one.record, without_stamp(one.list_data or b""), one.due) == (b"two", LIST, due)
+    assert two == Standing(b"new", None, due)
+    assert nobody == Standing(None, None, None)
+    assert store.renew(0, encoded(head(2)), [UserWrite("u2", b"", LIST)]) is None
+    assert (
+        store.commit(0, encoded(head(2)), head(3), None, [UserWrite("u1", b"x", LIST)], []) is None
+    )
+    assert store.due_users(0, 10) == []
+    _, (two,) = store.read_standing(0, ["u2"])
+    assert (two.record, without_stamp(two.list_data or b"")) == (b"new", LIST)
+
+
+def test_a_renewal_goes_through_only_on_the_head_that_was_read(store: Store | Replica) -> None:
+    """Records may have moved since: the list would be an older one's."""
+    store.commit(0, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
+    renewal = [UserWrite("u1", b"other", LIST)]
+    assert store.renew(0, encoded(head(9)), renewal) == encoded(head(1))
+    assert store.read(0, ["u1"]).records == [b"one"]
+    for _ in range(2):  # the client may send it twice
+        assert store.renew(0, encoded(head(1)), renewal) is None
+    assert store.read(0, ["u1"]).records == [b"other"]
+
+
+def test_a_renewal_neither_prolongs_nor_revives(
+    real: Store, redis_url: str, namespace: str
+) -> None:
+    """A record goes some time after its user's last event, whatever we do meanwhile."""
+    real.commit(0, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
+    record, top = f"{{{namespace}:0}}:u:u1", f"{namespace}:top:u1"
+    with redis.Redis.from_url(redis_url) as client:
+        client.expire(record, 50)
+        client.expire(top, 50)
+        real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
+        assert 0 < client.ttl(record) <= 50
+        assert 0 < client.ttl(top) <= 50
+        client.delete(record, top)
+        real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
+        assert client.exists(record, top) == 0
+        real.commit(
+            0, encoded(head(1)), head(2), None, [UserWrite("u2", b"", b"", Due(1, 2, 3))], []
+        )
+        real.renew(0, encoded(head(2)), [UserWrite("u2", b"", LIST)])
+        assert 0 < client.ttl(f"{namespace}:top:u2") <= 1000, "a visitor's first list"

@@ -15,7 +15,8 @@ from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click, Item
 from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record, Serving
-from tests.doubles import MemoryStore, cut, log_of
+from afterclick.streams.replica import Replica
+from tests.doubles import cut, log_of
 from tests.tiny_release import digest_of, write_tiny_release
 
 RULES = ListRules.of(ServingSettings(k=10, margin=5, history=8, popularity_items_max=50))
@@ -41,7 +42,7 @@ def serving_of(release: LoadedRelease | None) -> Serving:
 
 
 def folder_of(
-    store: MemoryStore,
+    store: Replica,
     serving: Serving,
     rules: ListRules = RULES,
     limits: Limits = LIMITS,
@@ -68,8 +69,8 @@ def run(
     sizes: list[int],
     rules: ListRules = RULES,
     limits: Limits = LIMITS,
-) -> MemoryStore:
-    store = MemoryStore()
+) -> Replica:
+    store = Replica()
     fold = folder_of(store, serving, rules, limits)
     for chunk in cut(records, sizes):
         moved = fold.process(chunk)
@@ -136,8 +137,8 @@ def test_a_click_moves_the_list_of_its_user_only(release: LoadedRelease) -> None
     """The point of it all."""
     before = run(log_of([click("u1", 1), click("u2", 2)]), serving_of(release), [1])
     after = run(log_of([click("u1", 1), click("u2", 2), click("u1", 7)]), serving_of(release), [1])
-    assert before.tops["u2"] == after.tops["u2"]
-    old, new = (msgspec.json.decode(s.tops["u1"], type=TopList) for s in (before, after))
+    assert before.lists["u2"] == after.lists["u2"]
+    old, new = (msgspec.json.decode(s.lists["u1"], type=TopList) for s in (before, after))
     assert (old.offset, new.offset) == (0, 2)
     assert old.items != new.items
 
@@ -157,7 +158,7 @@ def test_filtered_items_never_return(release: LoadedRelease) -> None:
     rules = msgspec.structs.replace(RULES, filter_seen=True)
     for serving in (serving_of(release), serving_of(None)):
         store = run(log_of(some_clicks(300, seed=9)), serving, [17], rules)
-        for user, body in store.tops.items():
+        for user, body in store.lists.items():
             if (0, user) not in store.records:
                 continue
             record = decode_record(store.records[0, user])
@@ -178,7 +179,7 @@ def test_a_new_publication_rebuilds_the_state_whenever_the_user_comes_back(
     later = log_of(some_clicks(40, seed=2, users=4), start=60)
     results = []
     for sizes in ([1], [40], [3]):
-        store = MemoryStore()
+        store = Replica()
         for serving, records in ((release, first), (newer, later)):
             fold = folder_of(store, serving_of(serving))
             for chunk in cut(records, sizes):
@@ -195,9 +196,9 @@ def test_the_first_release_builds_states_from_histories_kept_without_one(
 ) -> None:
     """A worker without a release keeps histories, so that no early click is lost to the model."""
     early, late = log_of([click("u1", 1), click("u1", 2)]), log_of([click("u1", 3)], start=2)
-    store = MemoryStore()
+    store = Replica()
     folder_of(store, serving_of(None)).process(cut(early, [2])[0])
-    assert msgspec.json.decode(store.tops["u1"], type=TopList).source == "popularity"
+    assert msgspec.json.decode(store.lists["u1"], type=TopList).source == "popularity"
     folder_of(store, serving_of(release)).process(cut(late, [1])[0])
     streamed = run([*early, *late], serving_of(release), [1])
     assert (
@@ -215,7 +216,7 @@ def test_a_new_item_enters_lists_and_an_unavailable_one_leaves(tmp_path: Path) -
     release.refresh()
     rules = msgspec.structs.replace(RULES, k=1000, margin=0)
     store = run(log_of([click("u1", 1)]), serving_of(release), [1], rules)
-    listed = msgspec.json.decode(store.tops["u1"], type=TopList)
+    listed = msgspec.json.decode(store.lists["u1"], type=TopList)
     assert "fresh" in listed.items
     assert gone not in listed.items
     assert len(listed.items) == 300
@@ -227,7 +228,7 @@ def test_chunks_below_the_head_are_skipped_overlaps_cut_and_holes_sought(
 ) -> None:
     """Kafka may deliver again, overlapping or too far: only what is new is folded."""
     records = log_of(some_clicks(30, seed=4))
-    store = MemoryStore()
+    store = Replica()
     fold = folder_of(store, serving_of(release))
     fold.process(Chunk(0, 10, records[:10]))
     assert fold.process(Chunk(0, 10, records[:10])).applied == []
@@ -242,7 +243,7 @@ def test_another_writer_makes_the_worker_drop_its_cache_and_go_on_from_redis(
 ) -> None:
     """A zombie and its successor fold the same log: one of them wins each write, nobody twice."""
     records = log_of(some_clicks(40, seed=6))
-    store = MemoryStore()
+    store = Replica()
     zombie, heir = (folder_of(store, serving_of(release)) for _ in range(2))
     zombie.process(Chunk(0, 10, records[:10]))
     heir.process(Chunk(0, 20, records[:20]))
@@ -271,7 +272,7 @@ def test_bad_records_become_dead_letters_and_the_rest_is_folded(release: LoadedR
     records = [Record(n, 1_700_000_000_000, k, v) for n, (k, v, _) in enumerate(bad)]
     shifted = [r._replace(offset=r.offset + len(bad)) for r in good]
     letters: list = []
-    store = MemoryStore()
+    store = Replica()
     fold = folder_of(store, serving_of(release), letters=letters)
     fold.process(Chunk(0, len(bad) + 2, [*records, *shifted]))
     assert [letter.reason for letter in letters] == [reason for *_, reason in bad]
@@ -291,7 +292,7 @@ def test_a_held_partition_waits_with_the_words_of_whoever_holds_it(
     release: LoadedRelease,
 ) -> None:
     """A worker that folds beside a rebuild or a migration would mix two states."""
-    store = MemoryStore()
+    store = Replica()
     fold = folder_of(store, serving_of(release))
     chunk, following = cut(log_of([click("u1", 1), click("u1", 2)]), [1])
     fold.process(chunk)
