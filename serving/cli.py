@@ -114,7 +114,7 @@ def top(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     settings = serving_settings(os.environ)
-    with TopK(settings.redis, namespace=settings.namespace) as reader:
+    with TopK(settings.redis, namespace=settings.namespace, layout=settings.layout) as reader:
         answer = reader.get(options.user, options.k)
     if options.json:
         sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")
@@ -130,7 +130,7 @@ def key(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(argv)
     settings = serving_settings(os.environ)
-    with TopK(settings.redis, namespace=settings.namespace) as reader:
+    with TopK(settings.redis, namespace=settings.namespace, layout=settings.layout) as reader:
         place = reader.place(options.user)
     if options.json:
         sys.stdout.write(msgspec.json.encode(place).decode() + "\n")

@@ -1,13 +1,23 @@
-"""How the one writer of Redis connects: timeouts, retries, and what kind of client a URL asks for.
+"""What kind of redis-py client a URL and a layout ask for, and what its cluster errors mean.
 
-Knows no key. Readers connect by themselves (reader.py): they would rather fail than wait.
+The one writer's timeouts and retries stand here; readers bring theirs (reader.py): they would
+rather fail than wait. Knows no key.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import redis
+import redis.asyncio
+import redis.cluster
 from redis.backoff import ExponentialBackoff
+from redis.connection import parse_url
+from redis.exceptions import ClusterCrossSlotError, MovedError, RedisClusterException
 from redis.retry import Retry
+
+from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
+from afterclick.serving.keys import Layout
 
 TIMEOUT_S = 5.0
 """Longest wait for one answer; a script over 256 users takes about 2 ms."""
@@ -15,12 +25,122 @@ TIMEOUT_S = 5.0
 RETRIES = 2
 """Re-sends by the client; a script sent twice recognises its own batch."""
 
+URL_FORM = "redis://[[user]:password@]host[:port][/database]"
 
-def connect(url: str) -> Any:
-    """A redis-py client for `serving.store.Store`; connects at its first command."""
-    return redis.Redis.from_url(
-        url,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+CLUSTER_ERRORS = (
+    RedisClusterException,
+    redis.exceptions.ClusterError,
+    redis.exceptions.TryAgainError,
+    MovedError,
+    ClusterCrossSlotError,
+)
+"""What `cluster_error` explains."""
+
+_HOSTS = re.compile(r"(\w+://(?:.*@)?)([^/?@]*)(.*)", re.DOTALL)
+_NO_CLUSTER = "Cluster mode is not enabled"
+"""What redis-py says when it asked a single server for its slots."""
+
+
+def connect(url: str, layout: Layout = "single") -> Any:
+    """A redis-py client for `serving.store.Store`.
+
+    One server is asked at the first command, a cluster at once: for its nodes and slots.
+
+    Raises:
+        ConfigError: the URL is none, or leads to a single server under the layout `cluster`.
+        UnavailableError: no node of the cluster answers.
+    """
+    options = {
+        "socket_timeout": TIMEOUT_S,
+        "socket_connect_timeout": TIMEOUT_S,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+    }
+    if layout == "single":
+        return redis.Redis.from_url(url, **options)
+    try:
+        return cluster_client(redis.cluster.RedisCluster, url, **options)
+    except CLUSTER_ERRORS as error:
+        raise cluster_error(error, f"redis {safe_url(url)}") from error
+
+
+def cluster_client(kind: Any, url: str, **options: Any) -> Any:
+    """A client of the class `kind` for a whole Redis Cluster.
+
+    Args:
+        kind: `redis.cluster.RedisCluster` or `redis.asyncio.RedisCluster`.
+        url: may name several hosts with commas between them; any one leads to all nodes.
+        options: of the class.
+
+    Raises:
+        ValueError: the URL is none.
+        RedisClusterException: no node answers (the asyncio client says so at its first command).
+    """
+    matched = _HOSTS.fullmatch(url)
+    if matched is None:
+        raise ValueError("no URL")
+    before, hosts, after = matched.groups()
+    first, *others = hosts.split(",")
+    node = (
+        redis.asyncio.cluster.ClusterNode
+        if kind is redis.asyncio.RedisCluster
+        else redis.cluster.ClusterNode
     )
+    places = [parse_url(f"redis://{other}") for other in others]  # type: ignore[no-untyped-call]
+    return kind.from_url(
+        f"{before}{first}{after}",
+        startup_nodes=[node(place["host"], place.get("port", 6379)) for place in places],
+        # Users whose partitions stand on living masters are served while another master is down.
+        require_full_coverage=False,
+        **options,
+    )
+
+
+def cluster_error(error: Exception, where: str) -> AfterclickError:
+    """What one of `CLUSTER_ERRORS` asks of the operator.
+
+    Args:
+        error: as redis-py raised it.
+        where: the server, as messages name it.
+    """
+    if isinstance(error, MovedError | ClusterCrossSlotError):
+        return ConfigError(
+            f"{where}: it is a node of a Redis Cluster, but the layout is 'single'; set "
+            "AFTERCLICK_SERVING__LAYOUT=cluster (in an application: TopK(…, layout='cluster'))"
+        )
+    for cause in _causes(error):
+        if isinstance(cause, redis.AuthenticationError | redis.exceptions.NoPermissionError):
+            return ConfigError(f"{where}: {cause}; check user, password and rights")
+    if _NO_CLUSTER in str(error):
+        return ConfigError(
+            f"{where}: it is a single server, but the layout is 'cluster'; set "
+            "AFTERCLICK_SERVING__LAYOUT=single (in an application: TopK(…, layout='single'))"
+        )
+    if type(error) is RedisClusterException and error.__cause__ is None:
+        return ConfigError(f"{where}: {error}")  # a database, a socket: not in a cluster
+    return UnavailableError(f"{where}: the cluster does not answer: {error}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+_SAFE_HOST = r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
+_SAFE_REST = re.compile(rf"{_SAFE_HOST}(?:,{_SAFE_HOST})*(?:/\d*)?")
+_SAFE_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
+
+
+def safe_url(url: str) -> str:
+    """A Redis URL fit for messages and logs: without user, password and options.
+
+    Shows less rather than more: what is not plainly host, port and database becomes `***`.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("redis", "rediss", "unix"):
+        return "***"
+    _, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]
+    safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
+    shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
+    return f"{scheme}://{'***@' if at else ''}{shown}"

@@ -1,7 +1,8 @@
 """Which Redis commands answer a reader's question, and what their replies mean. Does no I/O.
 
-A plan is a generator that yields commands and is sent their replies; `reader.py` carries them, once
-for threads and once for asyncio. Knows no connection, only names of keys and the bytes of lists.
+A plan is a generator that yields commands and is sent their replies, or thrown an
+`UnavailableError`; `reader.py` carries them, once for threads and once for asyncio. Knows no
+connection, only names of keys and the bytes of lists.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -9,8 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.keys import Keys, Meta, partition_of
+from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
+from afterclick.serving.keys import Keys, Layout, Meta, partition_of
 from afterclick.serving.records import Head, TopList
 
 META_EVERY_S = 60.0
@@ -21,6 +22,9 @@ UNAVAILABLE_EVERY_S = 1.0
 
 FALLBACK_EVERY_S = 1.0
 """Seconds that users without a list share one copy of the fallback list."""
+
+AWAY_S = 5.0
+"""Seconds until something is asked for again whose node of the cluster does not answer."""
 
 USERS_MAX = 512
 """Users of one MGET; more are asked for in several, so that no answer blocks Redis for long."""
@@ -69,8 +73,13 @@ class Lookup:
     """
 
     def __init__(
-        self, namespace: str, monotonic: Callable[[], float], now_s: Callable[[], float]
+        self,
+        namespace: str,
+        monotonic: Callable[[], float],
+        now_s: Callable[[], float],
+        layout: Layout = "single",
     ) -> None:
+        self._on_nodes = layout == "cluster"
         self._monotonic = monotonic
         self._now_s = now_s
         self._keys = Keys(namespace)
@@ -118,6 +127,8 @@ class Lookup:
 
     def _tops_at_once(self, user_ids: Sequence[str], k: int | None) -> Plan:
         now_s = self._monotonic()
+        if self._on_nodes:
+            yield from self._look_around(now_s)
         names = [self._keys.top_of(user_id) for user_id in user_ids]
         extra = []
         if now_s >= self._meta_until_s:
@@ -139,8 +150,35 @@ class Lookup:
                 yield from self._renew_fallback(now_s)
         return [self._top(stored, k) for stored in found]
 
+    def _look_around(self, now_s: float) -> Generator[Command, Any, None]:
+        """On a cluster: meta and the unavailable set, which stand on nodes of their own.
+
+        While such a node is away, users of the others are served by what was read before.
+        """
+        if now_s >= self._meta_until_s:
+            try:
+                self._take_meta((yield ("GET", self._keys.meta)))
+            except UnavailableError:
+                if self._meta is None:
+                    raise
+                self._meta_until_s = now_s + AWAY_S
+        if now_s >= self._unavailable_until_s:
+            first = self._unavailable_until_s == float("-inf")
+            try:
+                yield from self._take_version((yield ("GET", self._keys.unavailable_version)))
+            except UnavailableError:
+                if first:
+                    raise
+                self._unavailable_until_s = now_s + AWAY_S
+
     def _renew_fallback(self, now_s: float) -> Generator[Command, Any, bool]:
-        meta, value = yield ("MGET", self._keys.meta, self._keys.fallback)
+        try:
+            meta, value = yield ("MGET", self._keys.meta, self._keys.fallback)
+        except UnavailableError:
+            if self._fallback is None:
+                raise
+            self._fallback_until_s = now_s + AWAY_S
+            return False
         self._fallback = None if value is None else _decode_list(self._keys.fallback, value)
         self._fallback_until_s = now_s + FALLBACK_EVERY_S
         return self._take_meta(meta)

@@ -2,14 +2,16 @@
 
 Needs the base install only (msgspec, redis), reads one key per user and writes nothing. Knows no
 release, model or Kafka. A read is one MGET: the list, and once a second beside it the version of
-the set of unavailable items; the set itself is read only when its version moved. What to ask Redis
-and what to make of the answers is `lookup.py`; these two classes carry the commands.
+the set of unavailable items; the set itself is read only when its version moved. On Redis Cluster
+the keys of one MGET stand on several nodes, so it is sent as one a slot. What to ask Redis and what
+to make of the answers is `lookup.py`; these two classes carry the commands.
 
     with TopK("redis://127.0.0.1:6379/0") as top:
         answer = top.get("user-17", k=10)
 """
 
-import re
+import functools
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -21,23 +23,35 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from afterclick.serving.connection import (
+    CLUSTER_ERRORS,
+    URL_FORM,
+    cluster_client,
+    cluster_error,
+    safe_url,
+)
 from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.serving.keys import Layout
 from afterclick.serving.lookup import Lookup, Place, Plan, Top
 
 __all__ = ["AsyncTopK", "Place", "Top", "TopK", "safe_url"]
 
 TIMEOUT_S = 0.9
 """Longest wait for a connection or an answer. A dead connection is tried a second time, so that
-nobody waits longer than about 2 s for an `UnavailableError`.
+nobody waits longer than about 2 s for an `UnavailableError`; of a cluster, while one node answers.
 """
+
+_TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
 class TopK:
     """Reads lists; safe to share between threads.
 
     Args:
-        redis_url: `redis://host:port/db`, `rediss://` for TLS, `unix://` for a socket.
+        redis_url: `redis://host:port/db`, `rediss://` for TLS, `unix://` for a socket; for Redis
+            Cluster one node or several, `redis://host:port,host:port`.
         namespace: first part of every key, as the workers' `AFTERCLICK_SERVING__NAMESPACE`.
+        layout: `cluster` for Redis Cluster, as the workers' `AFTERCLICK_SERVING__LAYOUT`.
         timeout_s: longest wait for a connection or an answer.
         monotonic: clock of the caches, seconds.
         now_s: wall clock, unix seconds; ages are told by it.
@@ -53,20 +67,28 @@ class TopK:
         redis_url: str,
         *,
         namespace: str = "afterclick",
+        layout: Layout = "single",
         timeout_s: float = TIMEOUT_S,
         monotonic: Callable[[], float] = time.monotonic,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._url = safe_url(redis_url)
-        self._lookup = Lookup(namespace, monotonic, now_s)
-        with _url_errors(self._url):
-            self._redis = redis.Redis.from_url(
-                redis_url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
+        self._lookup = Lookup(namespace, monotonic, now_s, layout)
+        options: dict[str, Any] = dict.fromkeys(_TIMEOUTS, timeout_s)
+        options["retry"] = Retry(NoBackoff(), 0)
+        self._redis: Any = None
+        self._execute: Callable[..., Any]
+        self._opening = threading.Lock()
+        if layout == "cluster":
+            # Its client asks for the nodes when it is made: not before the first read.
+            self._open: Callable[[], Any] = lambda: cluster_client(
+                redis.cluster.RedisCluster, redis_url, **options
             )
-        self._execute: Callable[..., Any] = self._redis.execute_command
+            self._execute = self._execute_by_slot
+            return
+        with _url_errors(self._url):
+            self._redis = redis.Redis.from_url(redis_url, **options)
+        self._execute = self._redis.execute_command
 
     def get(self, user_id: str, k: int | None = None) -> Top:
         """The user's list; the fallback list for a user without one.
@@ -102,7 +124,8 @@ class TopK:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._redis.close()
+        if self._redis is not None:
+            self._redis.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,20 +133,34 @@ class TopK:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _execute_by_slot(self, name: str, *keys: str) -> Any:
+        if self._redis is None:
+            with self._opening, _url_errors(self._url):
+                if self._redis is None:
+                    self._redis = self._open()
+        if name == "MGET" and len(keys) > 1:
+            return self._redis.mget_nonatomic(keys)
+        return self._redis.execute_command(name, *keys)
+
     def _run(self, plan: Plan) -> Any:
-        reply: Any = None
+        step = functools.partial(plan.send, None)
         while True:
             try:
-                command = plan.send(reply)
+                command = step()
             except StopIteration as done:
                 return done.value
-            with _redis_errors(self._url):
-                try:
-                    reply = self._execute(*command)
-                except redis.ConnectionError as error:
-                    if not _worth_another(error):
-                        raise
-                    reply = self._execute(*command)
+            try:
+                with _redis_errors(self._url):
+                    try:
+                        reply = self._execute(*command)
+                    except redis.ConnectionError as error:
+                        if not _worth_another(error):
+                            raise
+                        reply = self._execute(*command)
+            except UnavailableError as error:
+                step = functools.partial(plan.throw, error)
+            else:
+                step = functools.partial(plan.send, reply)
 
 
 class AsyncTopK:
@@ -134,20 +171,24 @@ class AsyncTopK:
         redis_url: str,
         *,
         namespace: str = "afterclick",
+        layout: Layout = "single",
         timeout_s: float = TIMEOUT_S,
         monotonic: Callable[[], float] = time.monotonic,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._url = safe_url(redis_url)
-        self._lookup = Lookup(namespace, monotonic, now_s)
+        self._lookup = Lookup(namespace, monotonic, now_s, layout)
+        options: dict[str, Any] = dict.fromkeys(_TIMEOUTS, timeout_s)
+        options["retry"] = AsyncRetry(NoBackoff(), 0)
+        self._redis: Any
+        self._execute: Callable[..., Any]
         with _url_errors(self._url):
-            self._redis = redis.asyncio.Redis.from_url(
-                redis_url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=AsyncRetry(NoBackoff(), 0),
-            )
-        self._execute: Callable[..., Any] = self._redis.execute_command
+            if layout == "cluster":
+                self._redis = cluster_client(redis.asyncio.RedisCluster, redis_url, **options)
+                self._execute = self._execute_by_slot
+            else:
+                self._redis = redis.asyncio.Redis.from_url(redis_url, **options)
+                self._execute = self._redis.execute_command
 
     async def get(self, user_id: str, k: int | None = None) -> Top:
         """The user's list; the fallback list for a user without one."""
@@ -178,39 +219,30 @@ class AsyncTopK:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _execute_by_slot(self, name: str, *keys: str) -> Any:
+        if name == "MGET" and len(keys) > 1:
+            return await self._redis.mget_nonatomic(keys)
+        return await self._redis.execute_command(name, *keys)
+
     async def _run(self, plan: Plan) -> Any:
-        reply: Any = None
+        step = functools.partial(plan.send, None)
         while True:
             try:
-                command = plan.send(reply)
+                command = step()
             except StopIteration as done:
                 return done.value
-            with _redis_errors(self._url):
-                try:
-                    reply = await self._execute(*command)
-                except redis.ConnectionError as error:
-                    if not _worth_another(error):
-                        raise
-                    reply = await self._execute(*command)
-
-
-_SAFE_REST = re.compile(r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/\d*)?")
-_SAFE_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
-
-
-def safe_url(url: str) -> str:
-    """A Redis URL fit for messages and logs: without user, password and options.
-
-    Shows less rather than more: what is not plainly host, port and database becomes `***`.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
-        return "***"
-    _, at, place = rest.rpartition("@")
-    place = place.partition("?")[0]
-    safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
-    shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
-    return f"{scheme}://{'***@' if at else ''}{shown}"
+            try:
+                with _redis_errors(self._url):
+                    try:
+                        reply = await self._execute(*command)
+                    except redis.ConnectionError as error:
+                        if not _worth_another(error):
+                            raise
+                        reply = await self._execute(*command)
+            except UnavailableError as error:
+                step = functools.partial(plan.throw, error)
+            else:
+                step = functools.partial(plan.send, reply)
 
 
 def _worth_another(error: redis.ConnectionError) -> bool:
@@ -224,15 +256,15 @@ def _url_errors(url: str) -> Generator[None, None, None]:
         yield
     except ValueError:
         # The cause is left out: redis-py quotes parts of the URL, and a part may be the password.
-        raise ConfigError(
-            f"redis URL {url}: expected redis://[[user]:password@]host[:port][/database]"
-        ) from None
+        raise ConfigError(f"redis URL {url}: expected {URL_FORM}") from None
 
 
 @contextmanager
 def _redis_errors(url: str) -> Generator[None, None, None]:
     try:
         yield
+    except CLUSTER_ERRORS as error:
+        raise cluster_error(error, f"Redis at {url}") from error
     except redis.AuthenticationError as error:
         raise ConfigError(f"Redis at {url}: {error}; check user and password") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:

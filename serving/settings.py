@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from afterclick.serving.errors import ConfigError
+from afterclick.serving.keys import Layout
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -19,7 +20,14 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Settings of lists, releases and Redis, shared by the worker, the reader and the trainer."""
 
     redis: str = "redis://127.0.0.1:6379/0"
-    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2); `rediss://` for TLS."""
+    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2); `rediss://` for TLS. Of Redis Cluster one node or
+    several, `redis://host:port,host:port`; any of them leads to the others.
+    """
+
+    layout: Layout = "single"
+    """`single` for one server, with replicas and Sentinel or without; `cluster` for Redis Cluster:
+    every partition's keys stand in one of its slots. The same for workers and readers.
+    """
 
     releases: str = "releases"
     """Folder, or fsspec URL (s3://…, gs://…), that holds the releases and `current.json`."""

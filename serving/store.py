@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from afterclick.serving.connection import connect
+from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect, safe_url
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
-from afterclick.serving.reader import safe_url
 from afterclick.serving.records import Head, InputsEntry, stamp_list
 from afterclick.serving.scripts import COMMIT, RENEW, UNAVAILABLE
 
@@ -91,7 +90,7 @@ class Store:
         self._clock_ms = clock_ms
         self.observe_s: Callable[[float], None] = lambda _: None
         """Told how long each call took, answer included."""
-        self._redis: Any = connect(url) if client is None else client
+        self._redis: Any = connect(url, keys.layout) if client is None else client
         self._commit = self._redis.register_script(COMMIT)
         self._renew = self._redis.register_script(RENEW)
         self._unavailable = self._redis.register_script(UNAVAILABLE)
@@ -188,7 +187,8 @@ class Store:
 
         def transaction() -> list[Any]:
             pipe = self._redis.pipeline(transaction=True)
-            pipe.mget([self.keys.head(partition), *records, *lists])
+            # Not .mget(), which a cluster's pipeline refuses, though all stands in one slot.
+            pipe.execute_command("MGET", self.keys.head(partition), *records, *lists)
             pipe.hmget(self.keys.due(partition), records)
             found: list[Any] = pipe.execute()
             return found
@@ -238,10 +238,14 @@ class Store:
         prefix = self.keys.user(partition, "").encode()
 
         def scan() -> set[str]:
+            # In a cluster only the node that has the partition's slot.
+            where: dict[str, Any] = {}
+            if self.keys.layout == "cluster":
+                where["target_nodes"] = self._redis.get_node_from_key(prefix)
             pattern = self.keys.users_pattern(partition)
             return {
                 key.removeprefix(prefix).decode()
-                for key in self._redis.scan_iter(match=pattern, count=1000)
+                for key in self._redis.scan_iter(match=pattern, count=1000, **where)
             }
 
         found: set[str] = self._call(scan)
@@ -289,24 +293,26 @@ class Store:
         return bool(self._call(lambda: self._unavailable(keys=names, args=args)))
 
     def check_server(self) -> None:
-        """Refuse a Redis that would drop state.
+        """Refuse a Redis that would drop state, or that is not of the layout; asks every master.
 
         Raises:
-            ConfigError: older than 6.2, or it evicts keys.
-            UnavailableError: it does not answer.
+            ConfigError: older than 6.2, it evicts keys, or it is a cluster under the layout
+                `single`.
+            UnavailableError: one does not answer.
         """
-        info: dict[str, Any] = self._call(lambda: self._redis.info())
+        if self.keys.layout == "cluster":
+            infos = self._call(lambda: self._redis.info(target_nodes="primaries"))
+            for node, info in infos.items():
+                _check_info(info, f"redis {safe_url(self._url)}, node {node}")
+            return
+        info = self._call(lambda: self._redis.info())
         where = f"redis {safe_url(self._url)}"
-        version = str(info.get("redis_version", "0"))
-        if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
-            raise ConfigError(f"{where}: version {version}, expected at least 6.2")
-        policy = str(info.get("maxmemory_policy", "noeviction"))
-        if policy != "noeviction":
+        if info.get("cluster_enabled"):
             raise ConfigError(
-                f"{where}: maxmemory-policy is {policy!r}, expected 'noeviction', because an "
-                "evicted record is lost state; "
-                "run: redis-cli CONFIG SET maxmemory-policy noeviction"
+                f"{where}: it is a node of a Redis Cluster, but the layout is 'single'; set "
+                "AFTERCLICK_SERVING__LAYOUT=cluster"
             )
+        _check_info(info, where)
 
     def _call(self, action: Callable[[], Any]) -> Any:
         begun_s = time.perf_counter()
@@ -314,6 +320,8 @@ class Store:
             answer = action()
             self.observe_s(time.perf_counter() - begun_s)
             return answer
+        except CLUSTER_ERRORS as error:
+            raise cluster_error(error, f"redis {safe_url(self._url)}") from error
         except redis.exceptions.AuthenticationError as error:
             raise ConfigError(f"redis {safe_url(self._url)}: {error}") from error
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
@@ -326,3 +334,16 @@ class Store:
             if str(error).startswith(("OOM", "LOADING", "BUSY", "MASTERDOWN", "MISCONF")):
                 raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error
             raise
+
+
+def _check_info(info: Mapping[str, Any], where: str) -> None:
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
+        raise ConfigError(f"{where}: version {version}, expected at least 6.2")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        raise ConfigError(
+            f"{where}: maxmemory-policy is {policy!r}, expected 'noeviction', because an "
+            "evicted record is lost state; "
+            "run: redis-cli CONFIG SET maxmemory-policy noeviction"
+        )

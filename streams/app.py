@@ -395,8 +395,7 @@ def run_worker(
     topics = check_topics(streams, streams.start_timeout_s)
     for note in topics.notes:
         log.warning("%s", note)
-    store = open_store(serving, topics)
-    _wait_for_redis(store, streams.start_timeout_s)
+    store = _wait_for_redis(serving, topics, streams.start_timeout_s)
     _claim_namespace(store, serving, streams, topics)
     worker = Worker(serving, streams, topics, store)
     health = HealthServer(
@@ -415,7 +414,7 @@ def open_store(serving: ServingSettings, topics: TopicsInfo) -> Store:
     ).window_s
     return Store(
         serving.redis,
-        Keys(serving.namespace, partitions=topics.clicks_partitions),
+        Keys(serving.namespace, layout=serving.layout, partitions=topics.clicks_partitions),
         record_ttl_s=serving.record_ttl_s,
         popularity_ttl_s=2 * window_s + 86400,
     )
@@ -443,12 +442,13 @@ def _give_up(timeout_s: float) -> None:
     os._exit(0)
 
 
-def _wait_for_redis(store: Store, timeout_s: float) -> None:
+def _wait_for_redis(serving: ServingSettings, topics: TopicsInfo, timeout_s: float) -> Store:
     until_s = time.monotonic() + timeout_s
     while True:
         try:
+            store = open_store(serving, topics)
             store.check_server()
-            return
+            return store
         except UnavailableError as error:
             if time.monotonic() > until_s:
                 raise UnavailableError(f"{error}; waited {timeout_s:.0f} s") from error
@@ -468,4 +468,12 @@ def _claim_namespace(
             "other partitions: set another AFTERCLICK_SERVING__NAMESPACE, and the retained log is "
             "folded anew"
         )
-    store.write_meta(Meta(partitions=num, topic=streams.clicks_topic, k=serving.k))
+    if found is not None and found.layout != serving.layout:
+        raise ConfigError(
+            f"namespace {serving.namespace!r}: its lists stand under the layout {found.layout!r}, "
+            f"AFTERCLICK_SERVING__LAYOUT is {serving.layout!r}: readers would look for users where "
+            "they are not; set it back, or set another AFTERCLICK_SERVING__NAMESPACE"
+        )
+    store.write_meta(
+        Meta(layout=serving.layout, partitions=num, topic=streams.clicks_topic, k=serving.k)
+    )

@@ -126,7 +126,7 @@ def click(argv: Sequence[str]) -> int:
         if options.no_wait:
             sys.stdout.write(f"sent to partition {sent.partition}, offset {sent.offset}\n")
             return 0
-        with TopK(serving.redis, namespace=serving.namespace) as reader:
+        with TopK(serving.redis, namespace=serving.namespace, layout=serving.layout) as reader:
             _wait_for_list(reader, sent, options.timeout, serving.namespace)
             took_ms = (time.monotonic() - sent.at_s) * 1000
             answer = reader.get(options.user, 5)

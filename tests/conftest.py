@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from afterclick.serving.keys import Layout
 from afterclick.streams.admin import create_topics
 from afterclick.streams.local import Redis, Server, local_broker, local_kafka, local_redis
+from afterclick.streams.local_cluster import LocalCluster, local_redis_cluster
 from afterclick.streams.settings import StreamsSettings
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,28 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
 def redis_url(redis_server: Redis) -> str:
     """URL of the run's Redis; keys of other tests are there under their namespaces."""
     return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """The run's Redis Cluster: three masters, each with a third of the slots."""
+    with local_redis_cluster(tmp_path_factory.mktemp("redis-cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """`single`; a test parametrized by `BOTH_LAYOUTS` runs on Redis Cluster too."""
+    layout: Layout = getattr(request, "param", "single")
+    return layout
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, layout: Layout) -> str:
+    """URL of the run's Redis, or of its Redis Cluster, as `layout` says."""
+    name = "redis_cluster" if layout == "cluster" else "redis_server"
+    url: str = request.getfixturevalue(name).url
+    return url
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """`TopK` and `AsyncTopK` against a real Redis, through one list of promises for both."""
 
 import asyncio
+import functools
 import inspect
+import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +15,13 @@ import msgspec
 import pytest
 import redis
 
+from afterclick.serving.connection import connect
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
-from afterclick.serving.keys import Keys, Meta
+from afterclick.serving.keys import Keys, Layout, Meta
 from afterclick.serving.reader import AsyncTopK, Top, TopK, safe_url
 from afterclick.serving.records import TopList
-from afterclick.streams.local import local_redis
+from afterclick.streams.local import Redis, local_redis
+from afterclick.streams.local_cluster import LocalCluster, local_redis_cluster
 
 pytestmark = pytest.mark.service
 
@@ -38,15 +42,23 @@ def ask_async(url: str, method: str, *args: Any, **options: Any) -> Any:
 
 
 @pytest.fixture(params=[ask_sync, ask_async], ids=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    wanted: Ask = request.param
-    return wanted
+def ask(request: pytest.FixtureRequest, layout: Layout) -> Ask:
+    return functools.partial(request.param, layout=layout)
 
 
 @pytest.fixture
-def server(redis_url: str) -> Iterator["redis.Redis[bytes]"]:
-    with redis.Redis.from_url(redis_url) as client:
+def redis_url(place: str) -> str:
+    """As `layout` says: by itself one server."""
+    return place
+
+
+@pytest.fixture
+def server(redis_url: str, layout: Layout) -> Iterator[Any]:
+    with connect(redis_url, layout) as client:
         yield client
+
+
+on_both = pytest.mark.parametrize("layout", ["single", "cluster"], indirect=True)
 
 
 def a_list(*items: str, written_ms: int = 0) -> bytes:
@@ -66,6 +78,7 @@ def a_list(*items: str, written_ms: int = 0) -> bytes:
     )
 
 
+@on_both
 def test_a_list_is_read_as_it_was_written(
     ask: Ask, redis_url: str, namespace: str, server: Any
 ) -> None:
@@ -88,17 +101,13 @@ def test_a_list_is_read_as_it_was_written(
     )
 
 
+@on_both
 def test_get_many_keeps_the_order_and_falls_back_one_by_one(
     ask: Ask, redis_url: str, namespace: str, server: Any
 ) -> None:
     """A page of ten users costs one read, whoever of them is new."""
-    server.mset(
-        {
-            f"{namespace}:top:a": a_list("x"),
-            f"{namespace}:top:c": a_list("z"),
-            f"{namespace}:top:": a_list("p"),
-        }
-    )
+    for user, item in (("a", "x"), ("c", "z"), ("", "p")):
+        server.set(f"{namespace}:top:{user}", a_list(item))
 
     tops = ask(redis_url, "get_many", ["c", "b", "a"], namespace=namespace)
 
@@ -110,6 +119,7 @@ def test_get_many_keeps_the_order_and_falls_back_one_by_one(
     assert ask(redis_url, "get_many", [], namespace=namespace) == []
 
 
+@on_both
 def test_unavailable_items_never_come_back(
     ask: Ask, redis_url: str, namespace: str, server: Any
 ) -> None:
@@ -123,6 +133,7 @@ def test_unavailable_items_never_come_back(
     assert (top.items, top.scores) == (["c"], [1.0 / 3])
 
 
+@on_both
 def test_the_cluster_layout_is_read_by_its_own_keys(
     ask: Ask, redis_url: str, namespace: str, server: Any
 ) -> None:
@@ -133,6 +144,46 @@ def test_the_cluster_layout_is_read_by_its_own_keys(
 
     assert ask(redis_url, "get", "u", namespace=namespace).items == ["a"]
     assert ask(redis_url, "place", "u", namespace=namespace).list_key == keys.top_of("u")
+
+
+def test_the_wrong_layout_is_named(
+    ask: Ask, redis_server: Redis, redis_cluster: LocalCluster
+) -> None:
+    """Else an application would see MOVED for two users of three, and lists for the third."""
+    with pytest.raises(ConfigError, match="layout='cluster'"):
+        ask(redis_cluster.url.partition(",")[0], "get_many", [f"u{n}" for n in range(9)])
+    with pytest.raises(ConfigError, match="layout='single'"):
+        ask.func(redis_server.url, "get", "u", layout="cluster")  # type: ignore[attr-defined]
+
+
+def test_a_dead_master_takes_only_its_own_users_away(tmp_path: Path, namespace: str) -> None:
+    """Not even the master that holds the unavailable set, which every reader asks for."""
+    keys = Keys(namespace, layout="cluster", partitions=12)
+    with local_redis_cluster(tmp_path) as cluster:
+        with connect(cluster.url, "cluster") as client:
+            meta = Meta(layout="cluster", partitions=12)
+            client.set(keys.meta, msgspec.json.encode(meta))
+            client.set(keys.unavailable_version, "1")
+            client.sadd(keys.unavailable, "gone")
+            for n in range(30):
+                client.set(keys.top_of(f"u{n}"), a_list("gone", f"i{n}"))
+        dead = cluster.master_of(keys.unavailable)
+        away = {n for n in range(30) if cluster.master_of(keys.top_of(f"u{n}")) == dead}
+        assert 0 < len(away) < 30
+        clock_s = itertools.count(0, 100)
+        options: dict[str, Any] = {"layout": "cluster", "monotonic": lambda: next(clock_s)}
+        with TopK(cluster.url, namespace=namespace, **options) as top:
+            top.get("u0")
+            dead.kill()
+            for n in range(30):
+                if n in away:
+                    with pytest.raises(UnavailableError):
+                        top.get(f"u{n}")
+                else:
+                    assert top.get(f"u{n}").items == [f"i{n}"]
+            dead.start()
+            cluster.wait_until_whole()
+            assert [top.get(f"u{n}").items for n in range(30)] == [[f"i{n}"] for n in range(30)]
 
 
 def test_a_reader_sees_a_new_list_at_once(redis_url: str, namespace: str, server: Any) -> None:
@@ -227,6 +278,7 @@ def test_a_user_without_rights_is_a_config_error(
         server.acl_deluser(namespace)
 
 
+@on_both
 def test_a_foreign_value_under_the_key_is_named(
     ask: Ask, redis_url: str, namespace: str, server: Any
 ) -> None:
@@ -266,6 +318,8 @@ def test_the_async_reader_has_the_methods_of_the_sync_one() -> None:
     ("url", "shown"),
     [
         ("redis://cache:6379/0", "redis://cache:6379/0"),
+        ("redis://:hunter2@a:1,b:2/0", "redis://***@a:1,b:2/0"),
+        ("redis://:hun,ter2@a:1,b:2/0", "redis://***@a:1,b:2/0"),
         ("rediss://[::1]:6379/2", "rediss://[::1]:6379/2"),
         ("redis://:hunter2@cache:6379/0", "redis://***@cache:6379/0"),
         ("redis://me:hunter2@cache", "redis://***@cache"),

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
-import redis
 
-from afterclick.serving.keys import Keys
+from afterclick.serving.connection import connect
+from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.serving.keys import Keys, Layout
 from afterclick.serving.records import (
     Head,
     InputsEntry,
@@ -21,6 +23,7 @@ from afterclick.serving.records import (
 )
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Due, PopularityWrite, Standing, Store, UserWrite
+from afterclick.streams.local_cluster import LocalCluster
 from afterclick.streams.replica import Replica
 
 pytestmark = pytest.mark.service
@@ -49,15 +52,28 @@ def encoded(value: Head) -> bytes:
 
 
 @pytest.fixture
-def real(redis_url: str, namespace: str) -> Iterator[Store]:
-    store = Store(redis_url, Keys(namespace), record_ttl_s=1000, popularity_ttl_s=500)
+def real(place: str, layout: Layout, namespace: str) -> Iterator[Store]:
+    keys = Keys(namespace, layout=layout)
+    store = Store(place, keys, record_ttl_s=1000, popularity_ttl_s=500)
     yield store
     store.close()
 
 
-@pytest.fixture(params=["redis", "memory"])
-def store(request: pytest.FixtureRequest) -> Store | Replica:
-    return request.getfixturevalue("real") if request.param == "redis" else Replica()
+@pytest.fixture
+def client(place: str, layout: Layout) -> Iterator[Any]:
+    with connect(place, layout) as client:
+        yield client
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, layout: Layout | None) -> Store | Replica:
+    return request.getfixturevalue("real") if layout else Replica()
+
+
+everywhere = pytest.mark.parametrize(
+    "layout", ["single", "cluster", None], ids=["redis", "cluster", "memory"], indirect=True
+)
+on_both = pytest.mark.parametrize("layout", ["single", "cluster"], indirect=True)
 
 
 LIST = encode_list(
@@ -75,6 +91,7 @@ LIST = encode_list(
 )
 
 
+@everywhere
 def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | Replica) -> None:
     """The fence: a zombie's write changes nothing, and it is told where things stand."""
     first, second = head(5), head(9)
@@ -93,6 +110,7 @@ def test_a_write_goes_through_only_on_the_head_that_was_read(store: Store | Repl
     assert store.read_popularity(0, range(6, 9)) == (encoded(second), {7: {"i1": 4}})
 
 
+@everywhere
 def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | Replica) -> None:
     """redis-py re-sends a script whose answer was lost; its own batch tells it."""
     hours = [PopularityWrite(7, {"i1": 1})]
@@ -101,6 +119,7 @@ def test_a_write_sent_twice_by_the_client_is_applied_once(store: Store | Replica
     assert store.read_popularity(0, range(7, 8))[1] == {7: {"i1": 1}}
 
 
+@everywhere
 def test_empty_bytes_delete_the_record_and_the_list(store: Store | Replica) -> None:
     """`forget` must leave nothing."""
     assert store.commit(0, b"", head(1), None, [UserWrite("u1", b"x", LIST)], []) is None
@@ -108,15 +127,15 @@ def test_empty_bytes_delete_the_record_and_the_list(store: Store | Replica) -> N
     assert store.read(0, ["u1"]).records == [None]
 
 
+@on_both
 def test_lists_stand_at_their_key_with_the_moment_of_writing(
-    real: Store, redis_url: str, namespace: str
+    real: Store, client: Any, namespace: str
 ) -> None:
     """What an application reads, and what a comparison leaves out."""
     real.commit(3, b"", head(1), entry(0), [UserWrite("u1", b"x", LIST)], [])
-    with redis.Redis.from_url(redis_url) as client:
-        stored = client.get(f"{namespace}:top:u1")
-        assert 0 < client.ttl(f"{{{namespace}:3}}:u:u1") <= 1000
-        assert client.ttl(f"{{{namespace}:3}}:head") == -1, "a head never expires"
+    stored = client.get(real.keys.top(3, "u1"))
+    assert 0 < client.ttl(f"{{{namespace}:3}}:u:u1") <= 1000
+    assert client.ttl(f"{{{namespace}:3}}:head") == -1, "a head never expires"
     assert without_stamp(stored) == LIST
     assert msgspec.json.decode(stored, type=TopList).written_ms > 1_700_000_000_000
     assert [e.offset for e in real.inputs(3)] == [0]
@@ -124,34 +143,34 @@ def test_lists_stand_at_their_key_with_the_moment_of_writing(
 
 
 def test_a_full_record_needs_at_most_2_kb_of_redis(
-    real: Store, redis_url: str, namespace: str
+    real: Store, client: Any, namespace: str
 ) -> None:
     """H 128, L 50, key and overhead included: `MEMORY USAGE`."""
     packed = pack_interaction(Interaction(1, 2, 3, 4, 5, False)) * 50
     record = UserRecord(1, 2, 3, 4, os.urandom(4 * 256), packed)
     user = "user-0123456789abcdef"
     real.commit(12, b"", head(1), None, [UserWrite(user, encode_record(record), LIST)], [])
-    with redis.Redis.from_url(redis_url) as client:
-        assert client.memory_usage(f"{{{namespace}:12}}:u:{user}") <= 2048
+    assert client.memory_usage(f"{{{namespace}:12}}:u:{user}") <= 2048
 
 
+@on_both
 def test_the_unavailable_set_follows_the_newest_worker(
-    real: Store, redis_url: str, namespace: str
+    real: Store, client: Any, namespace: str
 ) -> None:
     """A worker that is behind must not bring an item back; one on another history writes it all."""
-    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
-        name = f"{{{namespace}}}:unavailable"
-        assert real.write_unavailable(-2, 3, [], ["a", "b"])
-        assert client.smembers(name) == {"a", "b"}
-        assert real.write_unavailable(3, 5, ["-c", "+a"], ["b", "c"])
-        assert client.smembers(name) == {"b", "c"}
-        assert not real.write_unavailable(3, 4, ["-x"], ["x"])
-        assert client.smembers(name) == {"b", "c"}
-        assert real.write_unavailable(7, 9, ["-d"], ["d"])
-        assert client.smembers(name) == {"d"}
-        assert client.get(f"{name}:version") == "9"
+    name = f"{{{namespace}}}:unavailable"
+    assert real.write_unavailable(-2, 3, [], ["a", "b"])
+    assert client.smembers(name) == {b"a", b"b"}
+    assert real.write_unavailable(3, 5, ["-c", "+a"], ["b", "c"])
+    assert client.smembers(name) == {b"b", b"c"}
+    assert not real.write_unavailable(3, 4, ["-x"], ["x"])
+    assert client.smembers(name) == {b"b", b"c"}
+    assert real.write_unavailable(7, 9, ["-d"], ["d"])
+    assert client.smembers(name) == {b"d"}
+    assert client.get(f"{name}:version") == b"9"
 
 
+@everywhere
 def test_a_list_put_off_stays_as_it_is_until_it_is_made(store: Store | Replica) -> None:
     """A mark says what the list must answer; the write that makes the list takes the mark away."""
     due = Due(7, 1_700_000_000_123, 1_700_000_000_456)
@@ -174,6 +193,7 @@ def test_a_list_put_off_stays_as_it_is_until_it_is_made(store: Store | Replica) 
     assert (two.record, without_stamp(two.list_data or b"")) == (b"new", LIST)
 
 
+@everywhere
 def test_a_renewal_goes_through_only_on_the_head_that_was_read(store: Store | Replica) -> None:
     """Records may have moved since: the list would be an older one's."""
     store.commit(0, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
@@ -185,23 +205,78 @@ def test_a_renewal_goes_through_only_on_the_head_that_was_read(store: Store | Re
     assert store.read(0, ["u1"]).records == [b"other"]
 
 
-def test_a_renewal_neither_prolongs_nor_revives(
-    real: Store, redis_url: str, namespace: str
-) -> None:
+@on_both
+def test_a_renewal_neither_prolongs_nor_revives(real: Store, client: Any, namespace: str) -> None:
     """A record goes some time after its user's last event, whatever we do meanwhile."""
     real.commit(0, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
-    record, top = f"{{{namespace}:0}}:u:u1", f"{namespace}:top:u1"
-    with redis.Redis.from_url(redis_url) as client:
-        client.expire(record, 50)
-        client.expire(top, 50)
-        real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
-        assert 0 < client.ttl(record) <= 50
-        assert 0 < client.ttl(top) <= 50
-        client.delete(record, top)
-        real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
-        assert client.exists(record, top) == 0
-        real.commit(
-            0, encoded(head(1)), head(2), None, [UserWrite("u2", b"", b"", Due(1, 2, 3))], []
-        )
-        real.renew(0, encoded(head(2)), [UserWrite("u2", b"", LIST)])
-        assert 0 < client.ttl(f"{namespace}:top:u2") <= 1000, "a visitor's first list"
+    record, top = real.keys.user(0, "u1"), real.keys.top(0, "u1")
+    client.expire(record, 50)
+    client.expire(top, 50)
+    real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
+    assert 0 < client.ttl(record) <= 50
+    assert 0 < client.ttl(top) <= 50
+    client.delete(record, top)
+    real.renew(0, encoded(head(1)), [UserWrite("u1", b"two", LIST)])
+    assert not client.exists(record)
+    assert not client.exists(top)
+    real.commit(0, encoded(head(1)), head(2), None, [UserWrite("u2", b"", b"", Due(1, 2, 3))], [])
+    real.renew(0, encoded(head(2)), [UserWrite("u2", b"", LIST)])
+    assert 0 < client.ttl(real.keys.top(0, "u2")) <= 1000, "a visitor's first list"
+
+
+def opened(url: str, layout: Layout) -> None:
+    """What a worker does with its Redis at start."""
+    store = Store(url, Keys("t", layout=layout), record_ttl_s=1000, popularity_ttl_s=500)
+    try:
+        store.check_server()
+    finally:
+        store.close()
+
+
+def test_the_wrong_layout_is_named_at_start(
+    redis_url: str, redis_cluster: LocalCluster, namespace: str
+) -> None:
+    """Else a worker would run into MOVED or CROSSSLOT at its first click of another node."""
+    opened(redis_url, "single")
+    opened(redis_cluster.url, "cluster")
+    node = redis_cluster.masters[1].url
+    opened(node, "cluster")
+    with pytest.raises(ConfigError, match="AFTERCLICK_SERVING__LAYOUT=cluster"):
+        opened(node, "single")
+    with pytest.raises(ConfigError, match="AFTERCLICK_SERVING__LAYOUT=single"):
+        opened(redis_url, "cluster")
+
+
+def test_a_cluster_that_is_away_is_waited_for() -> None:
+    """An orchestrator starts workers and Redis side by side."""
+    with pytest.raises(UnavailableError, match="does not answer"):
+        opened("redis://127.0.0.1:1,127.0.0.1:2/0", "cluster")
+
+
+def test_every_master_of_a_cluster_is_checked(redis_cluster: LocalCluster) -> None:
+    """One node that evicts loses a third of all users."""
+    master = redis_cluster.masters[2]
+    with connect(master.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(ConfigError, match=f"node .*:{master.port}.*allkeys-lru"):
+                opened(redis_cluster.url, "cluster")
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_the_users_of_a_partition_are_found_on_its_node_alone(
+    redis_cluster: LocalCluster, namespace: str
+) -> None:
+    """SCAN knows one node; asking the others too would cost their whole key space."""
+    keys = Keys(namespace, layout="cluster")
+    store = Store(redis_cluster.url, keys, record_ttl_s=1000, popularity_ttl_s=500)
+    partitions = range(6)
+    homes = {redis_cluster.master_of(keys.head(p)).port for p in partitions}
+    assert len(homes) == 3, "the test needs partitions on every master"
+    for p in partitions:
+        write = [UserWrite(f"u{p}", b"x", LIST)]
+        assert store.commit(p, b"", head(1), entry(0), write, []) is None
+    assert [store.users(p) for p in partitions] == [{f"u{p}"} for p in partitions]
+    assert [store.lists(p, [f"u{p}"])[0].records for p in partitions] == [[b"x"]] * 6
+    store.close()

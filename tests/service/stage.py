@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from kafka import KafkaProducer
 
-from afterclick.serving.keys import Keys
+from afterclick.serving.keys import Keys, Layout
 from afterclick.serving.manifest import Publication
 from afterclick.serving.reader import TopK
 from afterclick.serving.records import Head
@@ -32,13 +32,19 @@ class Stage:
     """Everything one service test needs; closed by its fixture."""
 
     def __init__(
-        self, streams: StreamsSettings, redis_url: str, namespace: str, folder: Path
+        self,
+        streams: StreamsSettings,
+        redis_url: str,
+        namespace: str,
+        folder: Path,
+        layout: Layout = "single",
     ) -> None:
         self.streams = msgspec.structs.replace(
             streams, session_timeout_s=6.0, rebalance_timeout_s=6.0
         )
         self.serving = ServingSettings(
             redis=redis_url,
+            layout=layout,
             namespace=namespace,
             releases=str(folder / "releases"),
             provider="cpu",
@@ -47,7 +53,7 @@ class Stage:
             release_poll_s=0.3,
         )
         self.folder = folder
-        self.keys = Keys(namespace)
+        self.keys = Keys(namespace, layout=layout)
         self.releases = ReleaseStore(self.serving.releases)
         self._producer = KafkaProducer(**client_config(streams), acks="all")
         self._reader = LogReader(self.streams)
@@ -131,8 +137,13 @@ class Stage:
 
     def top(self, user: str) -> list[str]:
         """A user's list."""
-        with TopK(self.serving.redis, namespace=self.serving.namespace) as top_k:
+        with self.reader() as top_k:
             return list(top_k.get(user).items)
+
+    def reader(self) -> TopK:
+        """What an application would read with."""
+        serving = self.serving
+        return TopK(serving.redis, namespace=serving.namespace, layout=serving.layout)
 
     def dead_letters(self) -> list[dict[str, bytes]]:
         """Headers of every dead letter, with key and value."""
