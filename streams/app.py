@@ -43,12 +43,18 @@ from afterclick.streams.partition import DeadLetter, Limits, LogEdges, Partition
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.runtime import Runtime, UnavailableChange
 from afterclick.streams.settings import StreamsSettings
+from afterclick.streams.watchdog import Look, Watchdog
 
 SUMMARY_ITEMS = 500
 """Items of a partition's popularity that enter the fallback list."""
 
 STUCK_S = 60.0
-"""A fold that runs for so long, or an event loop silent for so long, fails liveness."""
+"""A fold that runs for so long, or an event loop (the app's, the consumer thread's) that is silent
+for so long, fails liveness.
+"""
+
+LOOKS_PER_STALL = 12
+"""Looks at the log within `stall_s`: every 5 s by default."""
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that waits for the interpreter lets another run on. With Python's 5 ms a chunk
@@ -78,7 +84,10 @@ class Worker:
             on_bad_item=self._bad_item,
         )
         self._log = LogReader(streams)
-        self._beat_s = time.monotonic()
+        self._watched_log = LogReader(streams)  # of its own: openings must not wait for looks
+        self._watchdog = Watchdog(streams.stall_s)
+        self._ends: dict[int, int] = {}
+        self._beat_s = self._thread_beat_s = time.monotonic()
         self._joined = False
         self.app = build_app(self)
         num_threads = streams.fold_threads or (os.cpu_count() or 1) + 1
@@ -135,14 +144,39 @@ class Worker:
         """Show that the event loop runs, and how far behind the log each partition is."""
         while True:
             self._beat_s = time.monotonic()
+            self._consumer.ask_thread(self._thread_beat)
             for partition, held in list(self.held.items()):
                 position = held.fold.position
                 self.metrics.head_offset.labels(partition=str(partition)).set(position)
                 tp = self._tp(partition)
                 assigned = tp in self._consumer.assignment()  # not so for a moment of a rebalance
                 end = (self._consumer.highwater(tp) or 0) if assigned else 0
+                end = max(end, self._ends.get(partition, 0))
                 self.metrics.lag.labels(partition=str(partition)).set(max(0, end - position))
             await asyncio.sleep(1.0)
+
+    async def watch_ingestion(self) -> None:
+        """Look at the log by a connection of our own: a consumer that stopped does not know it."""
+        while True:
+            await asyncio.sleep(self.streams.stall_s / LOOKS_PER_STALL)
+            held = dict(self.held)
+            positions = {partition: one.fold.position for partition, one in held.items()}
+            try:
+                self._ends, waiting = await asyncio.to_thread(self._look_at_log, positions)
+            except UnavailableError as error:
+                log.warning("watchdog: %s", error)
+                waiting = set()  # no restart brings Kafka back
+            looks = {
+                partition: Look(
+                    positions[partition], partition in waiting, one.state == State.READY
+                )
+                for partition, one in held.items()
+            }
+            for partition, still_s in self._watchdog.observe(time.monotonic(), looks).items():
+                log.error(
+                    "partition %d: stands at %d for %.0f s while records wait; /livez says no",
+                    partition, positions[partition], still_s,
+                )  # fmt: skip
 
     async def renew_fallback(self) -> None:
         """Summaries of our partitions, and from all summaries the list of users without one."""
@@ -192,14 +226,20 @@ class Worker:
     def live(self) -> tuple[bool, dict[str, Any]]:
         """Whether the process works at all."""
         now_s = time.monotonic()
-        silent_s = now_s - self._beat_s
+        silent_s, thread_silent_s = now_s - self._beat_s, now_s - self._thread_beat_s
         stuck = {
             str(partition): round(now_s - held.busy_since_s, 1)
             for partition, held in list(self.held.items())
             if held.busy_since_s is not None and now_s - held.busy_since_s > STUCK_S
         }
-        ok = silent_s < STUCK_S and not stuck
-        return ok, {"event_loop_silent_s": round(silent_s, 1), "folding_for_s": stuck}
+        stalled = {str(partition): s for partition, s in self._watchdog.stalled.items()}
+        ok = max(silent_s, thread_silent_s) < STUCK_S and not stuck and not stalled
+        return ok, {
+            "event_loop_silent_s": round(silent_s, 1),
+            "consumer_thread_silent_s": round(thread_silent_s, 1),
+            "folding_for_s": stuck,
+            "standing_still_for_s": stalled,
+        }
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether every partition we hold is folded, and why not."""
@@ -227,6 +267,14 @@ class Worker:
 
     # Private ------------------------------------------------------------------------------------
 
+    def _thread_beat(self) -> None:
+        self._thread_beat_s = time.monotonic()
+
+    def _look_at_log(self, positions: dict[int, int]) -> tuple[dict[int, int], set[int]]:
+        topic, unmoved = self.streams.clicks_topic, self._watchdog.unmoved(positions)
+        ends = self._watched_log.ends(topic, positions)
+        return ends, self._watched_log.waiting(topic, unmoved)
+
     @property
     def _consumer(self) -> ChunkConsumer:
         return cast(ChunkConsumer, self.app.consumer)
@@ -249,7 +297,7 @@ class Worker:
             Limits(streams.chunk_users_max, streams.chunk_records_max, streams.chunk_bytes_max),
             serving=self.runtime.serving,
             dead_letters=send,
-            log_start=lambda: self._log.edges(topic, partition)[0],
+            log_start=lambda: self._log.start(topic, partition),
             batch_ids=self._batches_of(),
             folding=self._timed_fold,
             accept_loss=streams.accept_loss,
@@ -369,6 +417,7 @@ def build_app(worker: Worker) -> faust.App:
     for task in (
         worker.prepare,
         worker.heartbeat,
+        worker.watch_ingestion,
         worker.renew_fallback,
         worker.watch_releases,
         worker.follow_items,

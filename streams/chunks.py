@@ -14,7 +14,8 @@ seeks.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import aiokafka
@@ -67,6 +68,13 @@ class ChunkConsumer(Consumer):
         """Offset that each partition's fold has reached: what Kafka is told for lag tools."""
         self._next: dict[TP, int] = {}
         self._seeks: dict[TP, int] = {}
+
+    def ask_thread(self, answer: Callable[[], None]) -> None:
+        """Have Faust's consumer thread call `answer`; it does not while it hangs, nor after it
+        ended, which Faust would not notice.
+        """
+        with contextlib.suppress(RuntimeError):  # its loop is closed
+            self._thread.thread_loop.call_soon_threadsafe(answer)
 
     def seek_soon(self, tp: TP, offset: int) -> None:
         """Go to `offset` before the next fetch of a partition."""

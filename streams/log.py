@@ -7,7 +7,7 @@ an assignment, `verify` and the trainer read clicks. Only committed records are 
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -22,6 +22,9 @@ STALL_S = 30.0
 """A read that gets nothing for so long gives up."""
 
 POLL_MS = 200
+
+LOOK_S = 1.0
+"""How long `waiting` looks for records before it says that there are none."""
 
 WATERMARK_MS = 500
 """Longest wait for the high watermark; it comes at once unless the log ends in a marker."""
@@ -65,6 +68,46 @@ class LogReader:
                 self._guard(lambda: consumer.poll(WATERMARK_MS, max_records=1))
                 end = max(end, consumer.highwater(tp) or 0)
         return int(start), int(end)
+
+    def start(self, topic: str, partition: int) -> int:
+        """First offset that is still there; one request."""
+        tp = TopicPartition(topic, partition)
+        with self._lock:
+            consumer = self._guard(lambda: self._consumer("read_uncommitted"))
+            return int(self._guard(lambda: consumer.beginning_offsets([tp]))[tp])
+
+    def waiting(self, topic: str, positions: Mapping[int, int]) -> set[int]:
+        """Partitions with a committed record at or past these offsets.
+
+        Neither the log's end nor a high watermark tells: markers and aborted records may lie below
+        it for ever. Cost: one fetch, which an idle log answers after `LOOK_S`.
+        """
+        tps = {TopicPartition(topic, partition): at for partition, at in positions.items()}
+        found: set[int] = set()
+        if not tps:
+            return found
+        with self._lock:
+            consumer = self._guard(self._consumer)
+            self._guard(lambda: consumer.assign(list(tps)))
+            for tp, at in tps.items():
+                self._guard(lambda tp=tp, at=at: consumer.seek(tp, at))
+            until_s = time.monotonic() + LOOK_S
+            while len(found) < len(tps) and time.monotonic() < until_s:
+                for tp, records in self._guard(lambda: consumer.poll(POLL_MS)).items():
+                    # A log shorter than the position is read from its start: that does not count.
+                    if records[-1].offset >= tps[tp]:
+                        found.add(tp.partition)
+                        consumer.pause(tp)
+            consumer.resume(*tps)
+        return found
+
+    def ends(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Offsets after the last record, at least, in one request; see `edges`."""
+        tps = [TopicPartition(topic, partition) for partition in partitions]
+        with self._lock:
+            consumer = self._guard(lambda: self._consumer("read_uncommitted"))
+            found = self._guard(lambda: consumer.end_offsets(tps)) if tps else {}
+        return {tp.partition: int(end) for tp, end in found.items()}
 
     def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
         """Records with start ≤ offset < stop, in batches as they come; gaps are passed over.

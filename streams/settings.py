@@ -70,6 +70,9 @@ class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     rebalance_timeout_s: Annotated[float, Meta(ge=1)] = 20.0
     """Time that workers have to join a rebalance."""
 
+    stall_s: Annotated[float, Meta(gt=0)] = 60.0
+    """A partition that stands still for so long while records wait in the log fails /livez."""
+
     accept_loss: bool = False
     """Go on where the log starts after the head: the lost range is counted, and the records miss
     it.
