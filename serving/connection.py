@@ -16,6 +16,7 @@ from redis.connection import parse_url
 from redis.exceptions import ClusterCrossSlotError, MovedError, RedisClusterException
 from redis.retry import Retry
 
+from afterclick.serving.address import safe_url
 from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
 
@@ -124,23 +125,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-_SAFE_HOST = r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
-_SAFE_REST = re.compile(rf"{_SAFE_HOST}(?:,{_SAFE_HOST})*(?:/\d*)?")
-_SAFE_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
-
-
-def safe_url(url: str) -> str:
-    """A Redis URL fit for messages and logs: without user, password and options.
-
-    Shows less rather than more: what is not plainly host, port and database becomes `***`.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
-        return "***"
-    _, at, place = rest.rpartition("@")
-    place = place.partition("?")[0]
-    safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
-    shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
-    return f"{scheme}://{'***@' if at else ''}{shown}"

@@ -23,12 +23,12 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from afterclick.serving.address import safe_url, with_password
 from afterclick.serving.connection import (
     CLUSTER_ERRORS,
     URL_FORM,
     cluster_client,
     cluster_error,
-    safe_url,
 )
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
@@ -48,10 +48,12 @@ class TopK:
     """Reads lists; safe to share between threads.
 
     Args:
-        redis_url: `redis://host:port/db`, `rediss://` for TLS, `unix://` for a socket; for Redis
-            Cluster one node or several, `redis://host:port,host:port`.
+        redis_url: `redis://user@host:port/db`, `unix://` for a socket; for Redis Cluster one node
+            or several, `redis://host:port,host:port`; for TLS `rediss://…?ssl_ca_certs=FILE`, with
+            `ssl_certfile` and `ssl_keyfile` where Redis asks for a certificate.
         namespace: first part of every key, as the workers' `AFTERCLICK_SERVING__NAMESPACE`.
         layout: `cluster` for Redis Cluster, as the workers' `AFTERCLICK_SERVING__LAYOUT`.
+        password: of the URL's user, where the URL holds none.
         timeout_s: longest wait for a connection or an answer.
         monotonic: clock of the caches, seconds.
         now_s: wall clock, unix seconds; ages are told by it.
@@ -68,11 +70,14 @@ class TopK:
         *,
         namespace: str = "afterclick",
         layout: Layout = "single",
+        password: str = "",
         timeout_s: float = TIMEOUT_S,
         monotonic: Callable[[], float] = time.monotonic,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._url = safe_url(redis_url)
+        if password:
+            redis_url = with_password(redis_url, password)
         self._lookup = Lookup(namespace, monotonic, now_s, layout)
         options: dict[str, Any] = dict.fromkeys(_TIMEOUTS, timeout_s)
         options["retry"] = Retry(NoBackoff(), 0)
@@ -172,11 +177,14 @@ class AsyncTopK:
         *,
         namespace: str = "afterclick",
         layout: Layout = "single",
+        password: str = "",
         timeout_s: float = TIMEOUT_S,
         monotonic: Callable[[], float] = time.monotonic,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._url = safe_url(redis_url)
+        if password:
+            redis_url = with_password(redis_url, password)
         self._lookup = Lookup(namespace, monotonic, now_s, layout)
         options: dict[str, Any] = dict.fromkeys(_TIMEOUTS, timeout_s)
         options["retry"] = AsyncRetry(NoBackoff(), 0)

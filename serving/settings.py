@@ -1,27 +1,59 @@
 """What a process is told once, at start; unknown names are refused.
 
 Names in the environment carry the package: `AFTERCLICK_SERVING__REDIS=redis://cache:6379/0`.
-Only a process's `main` reads the environment; everything below is handed a settings object.
+Only a process's `main` reads the environment; everything below is handed a settings object. A
+setting whose name ends in `_password` is a secret: `…_PASSWORD_FILE` may name a file that holds it,
+and no repr shows it.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from afterclick.serving.address import safe_url, with_password
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.keys import Layout
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+SECRET = "_password"  # noqa: S105 - how the names of settings end that hold one
+SECRET_BYTES_MAX = 4096
+"""Of a file that holds one; a longer file is another one than was meant."""
 
-class ServingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What settings have in common: a repr, in a log or a traceback, shows no secret."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        for name, value in shown.items():
+            if name.endswith(SECRET) and value:
+                shown[name] = "***"
+            elif name == "redis":
+                shown[name] = safe_url(value)
+        return list(shown.items())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
+        return f"{type(self).__name__}({shown})"
+
+
+class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of lists, releases and Redis, shared by the worker, the reader and the trainer."""
 
     redis: str = "redis://127.0.0.1:6379/0"
-    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2); `rediss://` for TLS. Of Redis Cluster one node or
-    several, `redis://host:port,host:port`; any of them leads to the others.
+    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2), `redis://user@host:6379/0`. Of Redis Cluster one node
+    or several, `redis://host:port,host:port`; any of them leads to the others. For TLS
+    `rediss://…?ssl_ca_certs=FILE`, with `ssl_certfile` and `ssl_keyfile` where Redis asks for a
+    certificate.
+    """
+
+    redis_password: str = ""
+    """Password of the URL's user, where the URL holds none; `REDIS_PASSWORD_FILE` names a file that
+    holds it instead.
     """
 
     layout: Layout = "single"
@@ -103,6 +135,11 @@ def from_environment(kind: type[S], package: str, environ: Mapping[str, str]) ->
         if name.startswith(prefix)
     }
     known = {field.name for field in msgspec.structs.fields(kind)}
+    for name in known:
+        if name.endswith(SECRET) and (path := given.pop(f"{name}_file", None)) is not None:
+            if name in given:
+                raise ConfigError(f"{prefix}{name.upper()} and …_FILE are both set: expected one")
+            given[name] = _secret(f"{prefix}{name.upper()}_FILE", path)
     for name in sorted(given.keys() - known):
         raise ConfigError(
             f"{prefix}{name.upper()}: no such setting; known are {', '.join(sorted(known))}"
@@ -114,8 +151,27 @@ def from_environment(kind: type[S], package: str, environ: Mapping[str, str]) ->
 
 
 def serving_settings(environ: Mapping[str, str]) -> ServingSettings:
-    """Read `AFTERCLICK_SERVING__*`."""
-    return from_environment(ServingSettings, "SERVING", environ)
+    """Read `AFTERCLICK_SERVING__*`; `redis` is then complete, with the password in it."""
+    settings = from_environment(ServingSettings, "SERVING", environ)
+    if not settings.redis_password:
+        return settings
+    url = with_password(settings.redis, settings.redis_password)
+    return msgspec.structs.replace(settings, redis=url, redis_password="")
+
+
+def _secret(name: str, path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            secret = file.read(SECRET_BYTES_MAX + 1).decode().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"{name}: cannot read {path!r}: {why}") from None
+    if not 0 < len(secret) <= SECRET_BYTES_MAX:
+        raise ConfigError(
+            f"{name}: expected a password of 1 to {SECRET_BYTES_MAX} characters in {path!r}, "
+            f"found {'none' if not secret else 'more'}"
+        )
+    return secret
 
 
 class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

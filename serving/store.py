@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect, safe_url
+from afterclick.serving.address import safe_url
+from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.records import Head, InputsEntry, stamp_list

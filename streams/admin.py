@@ -13,8 +13,12 @@ from typing import Any
 import kafka.errors
 import msgspec
 from kafka.admin import ConfigResource, KafkaAdminClient
+from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector
 
 from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.streams.security import kafka_arguments
 from afterclick.streams.settings import StreamsSettings
 
 BROKER_TIMEOUT_S = 10.0
@@ -30,6 +34,13 @@ _MISSING = 3
 """UNKNOWN_TOPIC_OR_PARTITION."""
 _EXISTS = 36
 """TOPIC_ALREADY_EXISTS."""
+_SASL_REFUSALS = (
+    kafka.errors.SaslAuthenticationFailedError,
+    kafka.errors.UnsupportedSaslMechanismError,
+    kafka.errors.IllegalSaslStateError,
+)
+_TLS_REFUSALS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "UNKNOWN_CA")
+"""Reasons in OpenSSL's errors that no waiting heals."""
 _FOR_EVER = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
 
 
@@ -67,11 +78,13 @@ def client_config(settings: StreamsSettings) -> dict[str, Any]:
     """Arguments that every kafka-python client takes: where the broker is and who asks.
 
     Raises:
-        ConfigError: the setting `broker` is not `host:port,host:port`.
+        ConfigError: the setting `broker` is not `host:port,host:port`, or those of security
+            contradict each other.
     """
     return {
         "bootstrap_servers": [_joined(address) for address in _addresses(settings)],
         "client_id": "afterclick",
+        **kafka_arguments(settings),
     }
 
 
@@ -208,27 +221,81 @@ def _configs(admin: Any, names: list[str]) -> dict[str, dict[str, str]]:
     }
 
 
+class _Manager(KafkaConnectionManager):  # type: ignore[misc]
+    """Stops at a refusal, and keeps why a connection failed: kafka-python writes that to its log
+    only, goes on until the time is up, and says that.
+    """
+
+    why: Exception | None = None
+
+    def get_connection(self, *args: Any, **kwargs: Any) -> Any:
+        if self.why is not None and _refused(self.why):
+            raise self.why  # else it would be one of many until the time is up
+        connection = super().get_connection(*args, **kwargs)
+        connection.init_future.add_errback(self._note)
+        return connection
+
+    def _note(self, error: Exception) -> None:
+        self.why = error
+
+
 @contextmanager
 def _admin(settings: StreamsSettings, timeout_s: float) -> Iterator[Any]:
     until_s = time.monotonic() + timeout_s
+    config = client_config(settings)
     answering = _wait_for_port(settings, timeout_s, until_s)
-    config = client_config(settings) | {"bootstrap_servers": [_joined(answering)]}
     left_ms = max(int((until_s - time.monotonic()) * 1000), 1000)
-    admin = None
+    clients = []
+
+    def new_client(**config: Any) -> Any:
+        net = NetworkSelector(**config)
+        clients.append(KafkaNetClient(net, _Manager(net, **config)))
+        return clients[-1]
+
     try:
-        admin = KafkaAdminClient(**config, bootstrap_timeout_ms=left_ms)
+        admin = KafkaAdminClient(
+            **config | {"bootstrap_servers": [_joined(answering)]},
+            bootstrap_timeout_ms=left_ms,
+            kafka_client=new_client,
+        )
         yield admin
     except kafka.errors.KafkaError as error:
-        if isinstance(error, kafka.errors.AuthorizationError) or not error.retriable:
-            raise ConfigError(f"Kafka at {settings.broker}: {error}") from error
-        raise UnavailableError(f"Kafka at {settings.broker} does not answer: {error}") from error
+        raise _explained(settings, error, clients[0]._manager.why if clients else None) from error
     finally:
-        if admin is not None:
-            admin.close()
+        for client in clients:  # not `admin.close()`: there is no admin after a refusal
+            client.close()
+            client._net.stop()
+
+
+def _refused(error: Exception) -> str:
+    """The settings to look at where trying again is no use until somebody changes something."""
+    if isinstance(error, _SASL_REFUSALS):
+        return "SASL_MECHANISM, SASL_USERNAME and SASL_PASSWORD"
+    if "SSL" in str(error) and any(sign in str(error) for sign in _TLS_REFUSALS):
+        return "SSL_CAFILE, SSL_CERTFILE and SSL_CHECK_HOSTNAME"
+    return ""
+
+
+def _explained(
+    settings: StreamsSettings, error: kafka.errors.KafkaError, why: Exception | None
+) -> ConfigError | UnavailableError:
+    where = f"Kafka at {settings.broker}"
+    if why is not None and (names := _refused(why)):
+        return ConfigError(
+            f"{where}: {why}; check AFTERCLICK_STREAMS__SECURITY_PROTOCOL, which is "
+            f"{settings.security_protocol}, and beside it {names}"
+        )
+    if isinstance(error, kafka.errors.AuthorizationError) or not error.retriable:
+        return ConfigError(f"{where}: {error}")
+    last = "" if why is None else f"; the last connection ended with: {why}"
+    return UnavailableError(
+        f"{where} does not answer: {error}{last}; is AFTERCLICK_STREAMS__SECURITY_PROTOCOL="
+        f"{settings.security_protocol} what it speaks?"
+    )
 
 
 def _wait_for_port(settings: StreamsSettings, timeout_s: float, until_s: float) -> tuple[str, int]:
-    """Try plain connections first: a client that cannot bootstrap leaves thread and socket open."""
+    """Try plain connections first, which tell at once whether anybody listens."""
     addresses = _addresses(settings)
     while True:
         for address in addresses:

@@ -42,6 +42,7 @@ from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import DeadLetter, Limits, LogEdges, PartitionFold, record_crc
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.runtime import Runtime, UnavailableChange
+from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.watchdog import Look, Watchdog
 
@@ -371,6 +372,7 @@ def build_app(worker: Worker) -> faust.App:
     app = _App(
         streams.group,
         broker=";".join(f"kafka://{address}" for address in streams.broker.split(",")),
+        broker_credentials=broker_credentials(streams),
         store="memory://",
         # Faust makes this folder and keeps nothing in it: not where the worker was started.
         datadir=str(Path(tempfile.gettempdir()) / "afterclick-faust"),

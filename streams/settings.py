@@ -4,19 +4,47 @@ Read from `AFTERCLICK_STREAMS__*` by a process's `main`; nothing below reads the
 """
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
-from afterclick.serving.settings import from_environment
+from afterclick.serving.settings import Settings, from_environment
 
 
-class StreamsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of everything that talks to Kafka."""
 
     broker: str = "127.0.0.1:9092"
     """Kafka bootstrap servers, `host:port,host:port`."""
+
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How to speak with Kafka: with TLS (`…SSL`), with user and password (`SASL_…`)."""
+
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    """How the password is proven; `PLAIN` sends it, so only over TLS."""
+
+    sasl_username: str = ""
+    """User at Kafka; needed by the `SASL_` protocols."""
+
+    sasl_password: str = ""
+    """The user's password; `SASL_PASSWORD_FILE` names a file that holds it instead."""
+
+    ssl_cafile: str = ""
+    """PEM file of the authorities that Kafka's certificate is checked against; empty takes the
+    system's.
+    """
+
+    ssl_certfile: str = ""
+    """PEM file of this client's certificate, where Kafka asks for one; may hold the key too."""
+
+    ssl_keyfile: str = ""
+    """PEM file of that certificate's key, unencrypted; empty where the certificate's file has it.
+    """
+
+    ssl_check_hostname: bool = True
+    """Whether the certificate must name the host that was asked for. It is always checked against
+    the authorities.
+    """
 
     clicks_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "clicks"
     """Topic of user events; must not be compacted."""

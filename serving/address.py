@@ -1,0 +1,42 @@
+"""A Redis URL as text: what of it may be shown, and a password put into it. Opens nothing."""
+
+import re
+from urllib.parse import quote
+
+from afterclick.serving.errors import ConfigError
+
+_SAFE_HOST = r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
+_SAFE_REST = re.compile(rf"{_SAFE_HOST}(?:,{_SAFE_HOST})*(?:/\d*)?")
+_SAFE_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
+
+
+def safe_url(url: str) -> str:
+    """A Redis URL fit for messages and logs: without user, password and options.
+
+    Shows less rather than more: what is not plainly host, port and database becomes `***`.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("redis", "rediss", "unix"):
+        return "***"
+    _, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]
+    safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
+    shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
+    return f"{scheme}://{'***@' if at else ''}{shown}"
+
+
+def with_password(url: str, password: str) -> str:
+    """A Redis URL with its user's password in it, so that the password can come from elsewhere.
+
+    Raises:
+        ConfigError: it holds one already.
+    """
+    scheme, _, rest = url.partition("://")
+    hosts, slash, after = rest.partition("/")
+    user, _, hosts = hosts.rpartition("@")
+    if ":" in user:
+        raise ConfigError(
+            f"redis URL {safe_url(url)}: it holds a password, and another one was given beside it; "
+            "leave it in one place"
+        )
+    return f"{scheme}://{user}:{quote(password, safe='')}@{hosts}{slash}{after}"
