@@ -225,15 +225,6 @@ class Store:
         found = self._call(lambda: self._redis.lrange(self.keys.inputs(partition), 0, -1))
         return [msgspec.json.decode(entry, type=InputsEntry) for entry in found]
 
-    def lists(self, partition: int, user_ids: Sequence[str]) -> tuple[Read, list[bytes | None]]:
-        """Head, records and lists of one moment, for comparison (one server or one slot)."""
-        names = [self.keys.head(partition)]
-        names += [self.keys.user(partition, user) for user in user_ids]
-        names += [self.keys.top(partition, user) for user in user_ids]
-        found = self._call(lambda: self._redis.mget(names))
-        middle = 1 + len(user_ids)
-        return Read(found[0] or b"", found[1:middle]), found[middle:]
-
     def users(self, partition: int) -> set[str]:
         """Every user with a record in a partition; scans, so for verification only."""
         prefix = self.keys.user(partition, "").encode()

@@ -41,6 +41,7 @@ from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import DeadLetter, Limits, LogEdges, PartitionFold, record_crc
 from afterclick.streams.popularity import Popularity
+from afterclick.streams.renewal import Basis, Renewal
 from afterclick.streams.runtime import Runtime, UnavailableChange
 from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
@@ -104,6 +105,10 @@ class Worker:
             crash=self.app.crash,
             records_max=streams.chunk_records_max,
             backlog_max=streams.backlog_records_max,
+            latency_budget_ms=streams.latency_budget_ms,
+            renewing=asyncio.Semaphore(1),
+            renewal=self._new_renewal,
+            basis=self._basis,
         )
 
     # Life-cycle, called by Faust's signals ------------------------------------------------------
@@ -302,6 +307,18 @@ class Worker:
             batch_ids=self._batches_of(),
             folding=self._timed_fold,
             accept_loss=streams.accept_loss,
+        )
+
+    def _basis(self) -> Basis:
+        serving = self.runtime.serving()
+        return Basis(serving.publication, tuple(serving.catalog.offsets))
+
+    def _new_renewal(self) -> Renewal:
+        return Renewal(
+            self.streams.renew_users_max,
+            self.streams.renew_every_s,
+            self._basis(),
+            time.monotonic(),
         )
 
     def _timed_fold(self, *args: Any, **kwargs: Any) -> Folded:

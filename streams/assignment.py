@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import Applied, Chunk, LogEdges, PartitionFold
+from afterclick.streams.renewal import BATCH_USERS, Basis, Renewal
 
 IDLE_CHECK_S = 1.0
 """How often an idle partition looks whether its head is still the stored one."""
@@ -68,6 +70,11 @@ class Shared(NamedTuple):
     crash: Callable[[BaseException], Any]
     records_max: int
     backlog_max: int
+    latency_budget_ms: int
+    renewing: asyncio.Semaphore
+    """One partition at a time, so that the others' clicks find a free slot."""
+    renewal: Callable[[], Renewal]
+    basis: Callable[[], Basis]
 
 
 class Inbox:
@@ -129,6 +136,7 @@ class HeldPartition:
         self._shared = shared
         self._inbox = Inbox()
         self._paused = False
+        self._renewal = shared.renewal()
         self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
 
     @property
@@ -156,10 +164,11 @@ class HeldPartition:
             await self._shared.prepared.wait()
             await self._open()
             while self.state != State.REFUSED:
-                if await self._inbox.wait(IDLE_CHECK_S):
-                    await self._fold_what_waits()
-                else:
-                    await self._look_at_head()
+                if self._inbox.num_records or not await self._renew_some():
+                    if await self._inbox.wait(IDLE_CHECK_S):
+                        await self._fold_what_waits()
+                    else:
+                        await self._look_at_head()
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -188,8 +197,9 @@ class HeldPartition:
             chunk = self._inbox.take(self._shared.records_max)
             if chunk is None:
                 return
+            late = self._is_late(chunk)
             with self._shared.metrics.chunk_seconds.time():
-                moved = await self._persist(lambda: self._fold.process(chunk))
+                moved = await self._persist(lambda: self._fold.process(chunk, put_off=late))
         if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
             self._paused = False
             self._shared.moves.resume(self.partition)
@@ -209,6 +219,39 @@ class HeldPartition:
             self._go_to(self._fold.position)
         elif self.state == State.WAITING:
             self.state, self.why = State.READY, ""
+
+    def _is_late(self, chunk: Chunk) -> bool:
+        """Whether states must go on and lists wait: more is behind, and the budget is used up."""
+        budget_ms = self._shared.latency_budget_ms
+        if not budget_ms or not self._inbox.num_records or not chunk.records:
+            return False
+        return time.time() * 1000 - chunk.records[0].timestamp_ms > budget_ms
+
+    async def _renew_some(self) -> bool:
+        """Make a few lists that are due, or renew those of a few recent users; false: none."""
+        fold, basis = self._fold, self._shared.basis
+        if not fold.has_due and not self._renewal.pending(basis(), time.monotonic()):
+            return False
+        async with self._shared.renewing, self._shared.slots, self._shared.gate.shared():
+            if self._inbox.num_records:
+                return True  # clicks came while this waited: they go first
+            if fold.has_due:
+                renewed = await self._persist(partial(fold.renew_due, BATCH_USERS))
+            else:
+                users = self._renewal.batch(basis(), fold.recent_users, time.monotonic())
+                renewed = await self._persist(partial(fold.renew, users))
+        if renewed is None:
+            return False
+        metrics = self._shared.metrics
+        metrics.renewed_lists.inc(renewed.lists)
+        metrics.rebuilt_records.inc(renewed.rebuilt)
+        if renewed.oldest_due_ms is not None:
+            late_s = max(0.0, time.time() - renewed.oldest_due_ms / 1000)
+            metrics.click_to_list_seconds.observe(late_s)
+        if renewed.seek is not None:
+            metrics.mismatches.inc()
+            self._go_to(renewed.seek)
+        return bool(renewed.lists)
 
     async def _look_at_head(self) -> None:
         elsewhere = await self._persist(self._fold.check)
@@ -263,5 +306,8 @@ class HeldPartition:
         metrics.rebuilt_records.inc(counts.rebuilt)
         metrics.forgotten.inc(counts.forgotten)
         metrics.clock_replaced.inc(counts.clocks_replaced)
-        metrics.lists.inc(applied.users)
+        metrics.lists.inc(applied.users - applied.put_off)
+        metrics.put_off_lists.inc(applied.put_off)
+        if applied.put_off:
+            return  # seen when its lists are made
         metrics.click_to_list_seconds.observe(max(0.0, time.time() - applied.oldest_ms / 1000))

@@ -51,6 +51,12 @@ class Metrics:
             "rebuilt_records_total", "Records rebuilt from their history for another release."
         )
         self.lists = counter("lists_total", "Users written, their lists with them.")
+        self.put_off_lists = counter(
+            "put_off_lists_total", "Users written without a list: it is due, made when clicks rest."
+        )
+        self.renewed_lists = counter(
+            "renewed_lists_total", "Lists made later: put off, or renewed for another release."
+        )
         self.chunks = counter("chunks_total", "Writes that went through, one script each.")
         self.mismatches = counter(
             "mismatches_total", "Writes refused because Redis held another head."

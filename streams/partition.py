@@ -326,7 +326,7 @@ class PartitionFold:
         self._mend()
         serving = self._serving()
         release = serving.release
-        if not self._stored or release is None or self._is_ahead_of(serving):
+        if not user_ids or not self._stored or release is None or self._is_ahead_of(serving):
             return Renewed()
         self._torn = True
         inputs, entry = self._inputs(serving)

@@ -80,6 +80,19 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     for Redis while the others compute.
     """
 
+    latency_budget_ms: Annotated[int, Meta(ge=0)] = 1000
+    """Clicks that have waited longer than this, with more waiting behind them, advance their users'
+    states only: the lists are made as soon as nothing waits. 0 makes every list at its click.
+    """
+
+    renew_users_max: Annotated[int, Meta(ge=0)] = 1000
+    """Recently active users per partition whose lists are made anew when the release or the
+    catalogue has moved; 0 leaves lists until their users' next click.
+    """
+
+    renew_every_s: Annotated[float, Meta(gt=0)] = 60.0
+    """Least time between two such renewals when only the catalogue moved."""
+
     port: Annotated[int, Meta(ge=0, le=65535)] = 6066
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
 

@@ -6,7 +6,8 @@ that the partition's inputs list names, and compared byte by byte: records whole
 `written_ms`. It
 may run beside live workers: each batch of users is read together with the head, and the replay is
 taken
-exactly as far as that head before the two are compared.
+exactly as far as that head before the two are compared. A list or record that was renewed since its
+event is computed again under the later inputs that it names.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import onnxruntime
@@ -28,7 +29,10 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.records import (
     Head,
     InputsEntry,
+    TopList,
+    UserRecord,
     decode_record,
+    encode_record,
     without_stamp,
 )
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
@@ -36,6 +40,7 @@ from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.serving.store import Store
 from afterclick.streams.admin import check_topics
 from afterclick.streams.app import open_store
+from afterclick.streams.fold import Inputs, renew
 from afterclick.streams.log import LogReader
 from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record, Serving
 from afterclick.streams.replica import Replica
@@ -180,6 +185,22 @@ class Replay:
             self._fold.open(LogEdges("", entry.offset, sys.maxsize), lambda offset: None)
 
 
+class _Later(NamedTuple):
+    """A user whose list is not the one of the replay: it may have been renewed."""
+
+    user_id: str
+    record: bytes | None
+    top: bytes
+    expected: bytes | None
+    expected_top: bytes
+
+    @property
+    def renewable(self) -> tuple[UserRecord | None, int, int]:
+        """The replay's record, and the event that the list answers."""
+        top = _decoded(self.expected_top)
+        return decode_record(self.expected) if self.expected else None, top.offset, top.event_ms
+
+
 class Report(msgspec.Struct, kw_only=True):
     """What a verification found."""
 
@@ -191,6 +212,10 @@ class Report(msgspec.Struct, kw_only=True):
     expired: int = 0
     behind: int = 0
     """Records of the log that no worker has folded yet."""
+    put_off: int = 0
+    """Lists that are due: their users' states went on under load."""
+    renewed: int = 0
+    """Users whose list or record was made anew under later inputs."""
     lost: int = 0
     doubled: int = 0
     differences: int = 0
@@ -220,7 +245,7 @@ def verify(
     topics = check_topics(streams)
     store = open_store(serving, topics)
     reader = LogReader(streams)
-    releases = Releases(serving, streams)
+    releases, renewals = Releases(serving, streams), Releases(serving, streams)
     report = Report(
         fingerprint={
             "onnxruntime": onnxruntime.__version__,
@@ -234,10 +259,11 @@ def verify(
         chosen = range(partition, partition + 1)
     try:
         for partition in chosen:
-            _verify_partition(partition, store, reader, releases, streams, report, user)
+            _verify_partition(partition, store, reader, releases, renewals, streams, report, user)
     finally:
         reader.close()
         releases.close()
+        renewals.close()
         store.close()
     report.seconds = round(time.monotonic() - begun_s, 3)
     return report
@@ -248,6 +274,7 @@ def _verify_partition(
     store: Store,
     reader: LogReader,
     releases: Releases,
+    renewals: Releases,
     streams: StreamsSettings,
     report: Report,
     user: str | None,
@@ -274,8 +301,11 @@ def _verify_partition(
     replay.run_to(head.next, entries)
     report.behind += max(0, end - head.next)
     users = sorted({user} if user else {*replay.users, *store.users(partition)})
+    later: list[_Later] = []
     for at in range(0, len(users), USERS_PER_READ):
-        head = _compare(users[at : at + USERS_PER_READ], partition, store, replay, report)
+        batch = users[at : at + USERS_PER_READ]
+        head = _compare(batch, partition, store, replay, report, later)
+    _compare_renewed(partition, later, store.inputs(partition), renewals, report)
     report.users += len(users)
     report.clicks += replay.head.clicks
     report.lost += max(0, replay.head.clicks - head.clicks)
@@ -288,12 +318,17 @@ def _verify_partition(
 
 
 def _compare(
-    users: list[str], partition: int, store: Store, replay: Replay, report: Report
+    users: list[str],
+    partition: int,
+    store: Store,
+    replay: Replay,
+    report: Report,
+    later: list[_Later],
 ) -> Head:
-    read, lists = store.lists(partition, users)
-    if not read.head:
+    stored, standing = store.read_standing(partition, users)
+    if not stored:
         raise ContractError(f"verify: partition {partition}: its head vanished meanwhile")
-    head = msgspec.json.decode(read.head, type=Head)
+    head = msgspec.json.decode(stored, type=Head)
     if head.next < replay.position:
         raise ContractError(
             f"verify: partition {partition}: its head went back from {replay.position} to "
@@ -301,20 +336,85 @@ def _compare(
         )
     replay.run_to(head.next, store.inputs(partition))
     replica = replay.replica
-    for name, record, top in zip(users, read.records, lists, strict=True):
+    for name, found in zip(users, standing, strict=True):
         where = f"partition {partition}, user {name!r}"
+        record, due = found.record, found.due
+        top = without_stamp(found.list_data) if found.list_data else None
         expected, expected_top = replica.records.get((partition, name)), replica.lists.get(name)
-        if record is None and top is None and _is_expired(name, replay, store):
+        if record is None and top is None and due is None and _is_expired(name, replay, store):
             report.expired += 1
             continue
         report.records += expected is not None
         report.lists += expected_top is not None
+        if due is not None:
+            report.put_off += 1
+            answers = _decoded(expected_top).offset if expected_top else None
+            if due.offset != answers:
+                report.differ(f"{where}: due is a list for offset {due.offset}, not {answers}")
+        elif top is not None and expected_top is not None and top != expected_top:
+            later.append(_Later(name, record, top, expected, expected_top))
+            continue
+        elif top != expected_top:
+            report.differ(f"{where}: list: {_list_words(top, expected_top)}")
         if record != expected:
             report.differ(f"{where}: record: {_record_words(record, expected)}")
-        found_top = without_stamp(top) if top else None
-        if found_top != expected_top:
-            report.differ(f"{where}: list: {_list_words(found_top, expected_top)}")
     return head
+
+
+def _compare_renewed(
+    partition: int,
+    later: list[_Later],
+    entries: list[InputsEntry],
+    releases: Releases,
+    report: Report,
+) -> None:
+    """Compute lists and records under the inputs that they name, entry by entry."""
+    left = {case.user_id: case for case in later}
+    for at, entry in enumerate(entries):
+        named = {
+            user_id: case
+            for user_id, case in left.items()
+            if (top := _decoded(case.top)).publication == entry.publication
+            and top.items_offset == entry.items
+            # Not of inputs that its own event had already left behind.
+            and sum(e.offset <= _decoded(case.expected_top).offset for e in entries) <= at + 1
+        }
+        if not named:
+            continue
+        serving = releases.serving(entry)
+        if serving.release is None:
+            continue
+        folded = renew(
+            {user_id: case.renewable for user_id, case in named.items()},
+            partition=partition,
+            inputs=Inputs(
+                entry.publication,
+                entry.release,
+                entry.sha256,
+                tuple(entry.publication_items),
+                tuple(entry.items),
+                entry.rules,
+            ),
+            release=serving.release,
+        )
+        for user_id, case in named.items():
+            record = folded.records[user_id]
+            packed = encode_record(record) if record else None
+            if (packed, folded.lists[user_id]) == (case.record, case.top):
+                report.renewed += 1
+                del left[user_id]
+            else:
+                left[user_id] = case._replace(expected=packed, expected_top=folded.lists[user_id])
+    for user_id, case in left.items():
+        where = f"partition {partition}, user {user_id!r}"
+        if case.record != case.expected:
+            report.differ(f"{where}: record: {_record_words(case.record, case.expected)}")
+        else:
+            report.differ(f"{where}: list: {_list_words(case.top, case.expected_top)}")
+
+
+def _decoded(top: bytes) -> TopList:
+    return msgspec.json.decode(top, type=TopList)
 
 
 def _is_expired(user: str, replay: Replay, store: Store) -> bool:
@@ -380,7 +480,8 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(
             f"{report.records} records and {report.lists} lists of {report.users} users in "
             f"{report.partitions} partitions, {report.clicks} clicks: "
-            f"{report.differences} differences; {report.behind} log records not folded yet\n"
+            f"{report.differences} differences; {report.renewed} users renewed since, "
+            f"{report.put_off} lists due, {report.behind} log records not folded yet\n"
         )
         if report.first_difference:
             sys.stdout.write(f"first difference: {report.first_difference}\n")
