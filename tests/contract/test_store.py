@@ -278,5 +278,6 @@ def test_the_users_of_a_partition_are_found_on_its_node_alone(
         write = [UserWrite(f"u{p}", b"x", LIST)]
         assert store.commit(p, b"", head(1), entry(0), write, []) is None
     assert [store.users(p) for p in partitions] == [{f"u{p}"} for p in partitions]
-    assert [store.lists(p, [f"u{p}"])[0].records for p in partitions] == [[b"x"]] * 6
+    standing = [store.read_standing(p, [f"u{p}"])[1] for p in partitions]
+    assert [own.record for (own,) in standing] == [b"x"] * 6
     store.close()
