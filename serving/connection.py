@@ -11,7 +11,7 @@ from typing import Any
 import redis
 import redis.asyncio
 import redis.cluster
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.connection import parse_url
 from redis.exceptions import ClusterCrossSlotError, MovedError, RedisClusterException
 from redis.retry import Retry
@@ -27,6 +27,11 @@ RETRIES = 2
 """Re-sends by the client; a script sent twice recognises its own batch."""
 
 URL_FORM = "redis://[[user]:password@]host[:port][/database]"
+
+CLUSTER_TIMEOUT_S = 2.0
+"""The same for a node of a cluster, without a second try: who waits for one that hangs keeps a fold
+thread from partitions of the others. The worker tries again by itself.
+"""
 
 CLUSTER_ERRORS = (
     RedisClusterException,
@@ -51,15 +56,21 @@ def connect(url: str, layout: Layout = "single") -> Any:
         ConfigError: the URL is none, or leads to a single server under the layout `cluster`.
         UnavailableError: no node of the cluster answers.
     """
-    options = {
-        "socket_timeout": TIMEOUT_S,
-        "socket_connect_timeout": TIMEOUT_S,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
-    }
     if layout == "single":
-        return redis.Redis.from_url(url, **options)
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+        )
     try:
-        return cluster_client(redis.cluster.RedisCluster, url, **options)
+        return cluster_client(
+            redis.cluster.RedisCluster,
+            url,
+            socket_timeout=CLUSTER_TIMEOUT_S,
+            socket_connect_timeout=CLUSTER_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
     except CLUSTER_ERRORS as error:
         raise cluster_error(error, f"redis {safe_url(url)}") from error
 

@@ -91,6 +91,12 @@ class Inbox:
         self.num_records += len(chunk.records)
         self._filled.set()
 
+    def put_back(self, chunk: Chunk) -> None:
+        """Add a chunk that was taken and could not be folded at the front."""
+        self._chunks.appendleft(chunk)
+        self.num_records += len(chunk.records)
+        self._filled.set()
+
     def clear(self) -> None:
         """Drop everything: the consumer goes somewhere else."""
         self._chunks.clear()
@@ -137,6 +143,7 @@ class HeldPartition:
         self._inbox = Inbox()
         self._paused = False
         self._renewal = shared.renewal()
+        self._pause_s = RETRY_MIN_S
         self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
 
     @property
@@ -192,14 +199,22 @@ class HeldPartition:
         log.info("partition %d: goes on at offset %d", self.partition, position)
 
     async def _fold_what_waits(self) -> None:
-        # A slot first, then what waits by then: while others compute, this chunk grows.
-        async with self._shared.slots, self._shared.gate.shared():
-            chunk = self._inbox.take(self._shared.records_max)
-            if chunk is None:
-                return
-            late = self._is_late(chunk)
-            with self._shared.metrics.chunk_seconds.time():
-                moved = await self._persist(lambda: self._fold.process(chunk, put_off=late))
+        chunk = None
+        try:
+            # A slot first, then what waits by then: while others compute, this chunk grows.
+            async with self._shared.slots, self._shared.gate.shared():
+                chunk = self._inbox.take(self._shared.records_max)
+                if chunk is None:
+                    return
+                work = partial(self._fold.process, chunk, put_off=self._is_late(chunk))
+                with self._shared.metrics.chunk_seconds.time():
+                    moved = await self._attempt(work)
+        except UnavailableError:
+            assert chunk is not None
+            self._inbox.put_back(chunk)
+            # Outside slot and gate: partitions on other masters and a swap go on meanwhile.
+            await self._pause()
+            return
         if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
             self._paused = False
             self._shared.moves.resume(self.partition)
@@ -232,14 +247,20 @@ class HeldPartition:
         fold, basis = self._fold, self._shared.basis
         if not fold.has_due and not self._renewal.pending(basis(), time.monotonic()):
             return False
-        async with self._shared.renewing, self._shared.slots, self._shared.gate.shared():
-            if self._inbox.num_records:
-                return True  # clicks came while this waited: they go first
-            if fold.has_due:
-                renewed = await self._persist(partial(fold.renew_due, BATCH_USERS))
-            else:
-                users = self._renewal.batch(basis(), fold.recent_users, time.monotonic())
-                renewed = await self._persist(partial(fold.renew, users))
+        users: list[str] = []
+        try:
+            async with self._shared.renewing, self._shared.slots, self._shared.gate.shared():
+                if self._inbox.num_records:
+                    return True  # clicks came while this waited: they go first
+                if fold.has_due:
+                    renewed = await self._attempt(partial(fold.renew_due, BATCH_USERS))
+                else:
+                    users = self._renewal.batch(basis(), fold.recent_users, time.monotonic())
+                    renewed = await self._attempt(partial(fold.renew, users))
+        except UnavailableError:
+            self._renewal.put_back(users)
+            await self._pause()
+            return True
         if renewed is None:
             return False
         metrics = self._shared.metrics
@@ -265,36 +286,48 @@ class HeldPartition:
         self._shared.moves.seek(self.partition, offset)
 
     async def _persist(self, work: Callable[[], Any]) -> Any:
-        """Run blocking work in a thread until Kafka and Redis let it through; None when refused."""
-        loop = asyncio.get_running_loop()
-        pause_s = RETRY_MIN_S
+        """`_attempt` until Kafka and Redis let it through."""
         while True:
-            self.busy_since_s = time.monotonic()
-            running = loop.run_in_executor(self._shared.threads, work)
             try:
-                # A cancelled task must not leave a thread writing behind its back.
-                found = await asyncio.shield(running)
-            except asyncio.CancelledError:
-                await asyncio.gather(running, return_exceptions=True)
-                raise
-            except UnavailableError as error:
-                if self.state == State.READY:
-                    log.warning("partition %d: %s; trying again", self.partition, error)
-                    self.state = State.WAITING
-                self.why = str(error)
-                self.busy_since_s = None
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, RETRY_MAX_S)
-                continue
-            except ContractError as error:
-                log.error("partition %d: refused: %s", self.partition, error)
-                self.state, self.why = State.REFUSED, str(error)
-                self.busy_since_s = None
-                return None
+                return await self._attempt(work)
+            except UnavailableError:
+                await self._pause()
+
+    async def _attempt(self, work: Callable[[], Any]) -> Any:
+        """Run blocking work in a thread; None when the partition is refused.
+
+        Raises:
+            UnavailableError: Kafka or Redis does not let it through now; it is said why.
+        """
+        loop = asyncio.get_running_loop()
+        self.busy_since_s = time.monotonic()
+        running = loop.run_in_executor(self._shared.threads, work)
+        try:
+            # A cancelled task must not leave a thread writing behind its back.
+            found = await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+        except UnavailableError as error:
+            if self.state == State.READY:
+                log.warning("partition %d: %s; trying again", self.partition, error)
+                self.state = State.WAITING
+            self.why = str(error)
+            raise
+        except ContractError as error:
+            log.error("partition %d: refused: %s", self.partition, error)
+            self.state, self.why = State.REFUSED, str(error)
+            return None
+        finally:
             self.busy_since_s = None
-            if self.state == State.WAITING:
-                self.state, self.why = State.READY, ""
-            return found
+        self._pause_s = RETRY_MIN_S
+        if self.state == State.WAITING:
+            self.state, self.why = State.READY, ""
+        return found
+
+    async def _pause(self) -> None:
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, RETRY_MAX_S)
+        await asyncio.sleep(pause_s)
 
     def _observe(self, applied: Applied) -> None:
         metrics, counts = self._shared.metrics, applied.counts

@@ -55,6 +55,10 @@ class Renewal:
         size = min(BATCH_USERS, len(self._waiting))
         return [self._waiting.popleft() for _ in range(size)]
 
+    def put_back(self, users: list[str]) -> None:
+        """Have a batch again that could not be written."""
+        self._waiting.extendleft(reversed(users))
+
     def _moved(self, basis: Basis, now_s: float) -> bool:
         if not self._users_max or basis == self._basis:
             return False

@@ -57,6 +57,7 @@ class Stage:
         self.releases = ReleaseStore(self.serving.releases)
         self._producer = KafkaProducer(**client_config(streams), acks="all")
         self._reader = LogReader(self.streams)
+        self._stores: list[Store] = []
 
     @property
     def env(self) -> dict[str, str]:
@@ -120,6 +121,17 @@ class Stage:
         store.close()
         return {p: msgspec.json.decode(h, type=Head).next if h else 0 for p, h in found.items()}
 
+    def head_reader(self) -> Callable[[int], int]:
+        """How far one partition is folded, asked over one connection; it ends with the stage."""
+        store = self.store()
+        self._stores.append(store)
+
+        def head(partition: int) -> int:
+            data = store.read(partition, []).head
+            return msgspec.json.decode(data, type=Head).next if data else 0
+
+        return head
+
     def wait_folded(self) -> None:
         """Return once every partition's head stands at the end of its log."""
         self.wait(lambda: self.heads() == self.ends(), "the heads reach the ends of the log")
@@ -157,6 +169,8 @@ class Stage:
 
     def close(self) -> None:
         """Close the connections."""
+        for store in self._stores:
+            store.close()
         self._producer.close()
         self._reader.close()
 
