@@ -7,15 +7,11 @@ numbers.
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -33,6 +29,7 @@ from afterclick.serving.manifest import (
     sha256_of,
     verify_files,
 )
+from afterclick.serving.place import Place
 from afterclick.serving.settings import ServingSettings
 
 CURRENT_NAME = "current.json"
@@ -95,15 +92,10 @@ class ReleaseStore:
 
     def __init__(self, root: str, cache: str = ".cache/releases") -> None:
         self.root = root
-        self.is_remote = "://" in root
+        self._place = Place(root)
+        self.is_remote = self._place.is_remote
         self._cache = Path(cache)
-        self._local = Path(root)
-        self._remote: Any = None
-        if self.is_remote:
-            import fsspec  # only URLs need it
-
-            self._remote, path = fsspec.core.url_to_fs(root)
-            self._remote_root = PurePosixPath(path)
+        self._local = self._place.folder
 
     def current(self) -> Publication | None:
         """What is published now, None before the first publication.
@@ -112,7 +104,7 @@ class ReleaseStore:
             ContractError: `current.json` is not a publication.
             UnavailableError: the place does not answer.
         """
-        data = self._read(CURRENT_NAME)
+        data = self._place.read(CURRENT_NAME)
         if data is None:
             return None
         try:
@@ -152,11 +144,10 @@ class ReleaseStore:
             )
         if self.is_remote:
             # The manifest goes last: a folder without one is no release.
-            self._remote.makedirs(str(self._remote_root / folder.name), exist_ok=True)
+            remote = self._place.remote
+            remote.makedirs(self._place.path(folder.name), exist_ok=True)
             for name in (*FILES, MANIFEST_NAME):
-                self._remote.put_file(
-                    str(folder / name), str(self._remote_root / folder.name / name)
-                )
+                remote.put_file(str(folder / name), self._place.path(f"{folder.name}/{name}"))
             shutil.rmtree(folder.parent)
             return
         folder.rename(self._local / folder.name)
@@ -170,14 +161,14 @@ class ReleaseStore:
         """
         folder = self.fetch(release)
         verify_files(folder, read_manifest(folder))
-        with self._lock():
+        with self._place.lock(".publish.lock"):
             before = self.current()
             publication = Publication(
                 number=before.number + 1 if before else 1,
                 release=release,
                 sha256=sha256_of(folder / MANIFEST_NAME),
             )
-            self._replace(CURRENT_NAME, msgspec.json.encode(publication))
+            self._place.replace(CURRENT_NAME, msgspec.json.encode(publication))
         return publication
 
     def fetch(self, release: str) -> Path:
@@ -194,7 +185,9 @@ class ReleaseStore:
         pulled = self.staging(release)
         try:
             for name in (*FILES, MANIFEST_NAME):
-                self._remote.get_file(str(self._remote_root / release / name), str(pulled / name))
+                self._place.remote.get_file(
+                    self._place.path(f"{release}/{name}"), str(pulled / name)
+                )
         except Exception as error:
             shutil.rmtree(pulled.parent, ignore_errors=True)
             raise UnavailableError(f"release {release} at {self.root}: {error!r}") from error
@@ -205,47 +198,11 @@ class ReleaseStore:
 
     def list(self) -> list[str]:
         """Names of the releases that are there, sorted."""
-        if self.is_remote:
-            found = self._remote.glob(str(self._remote_root / "*" / MANIFEST_NAME))
-            return sorted(PurePosixPath(path).parent.name for path in found)
-        return sorted(
-            path.parent.name
-            for path in self._local.glob(f"*/{MANIFEST_NAME}")
-            if not path.parent.name.startswith(".")
-        )
+        return [name.partition("/")[0] for name in self._place.names(f"*/{MANIFEST_NAME}")]
 
-    def _read(self, name: str) -> bytes | None:
-        try:
-            if self.is_remote:
-                data: bytes = self._remote.cat_file(str(self._remote_root / name))
-                return data
-            return (self._local / name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise UnavailableError(f"releases at {self.root}: {error!r}") from error
-
-    def _replace(self, name: str, data: bytes) -> None:
-        if self.is_remote:
-            self._remote.pipe_file(str(self._remote_root / name), data)
-            return
-        handle, path = tempfile.mkstemp(prefix=f".{name}-", dir=self._local)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(path).chmod(0o644)
-        Path(path).replace(self._local / name)
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One publisher at a time on one file system; object stores have no such lock."""
-        if self.is_remote:
-            yield
-            return
-        with (self._local / ".publish.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def remove(self, release: str) -> None:
+        """Delete a release; a copy that this machine pulled stays."""
+        self._place.remove_folder(release, first=MANIFEST_NAME)
 
 
 def load_checked(folder: Path, publication: Publication) -> Manifest:

@@ -113,6 +113,10 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
     stall_s: Annotated[float, Meta(gt=0)] = 60.0
     """A partition that stands still for so long while records wait in the log fails /livez."""
+    archive: str = ""
+    """Folder, or fsspec URL (s3://…, gs://…), of the archive that `afterclick archive` fills and
+    that verify, rebuild and the trainer read together with the topic; empty for none.
+    """
 
     accept_loss: bool = False
     """Go on where the log starts after the head: the lost range is counted, and the records miss
