@@ -1,4 +1,4 @@
-"""The verbs that talk to Kafka: worker, topics, click, replay, verify, demo, up.
+"""The verbs that talk to Kafka: worker, topics, click, replay, verify, archive, rebuild, demo, up.
 
 Only parses and hands over. Everything that an extra brings is imported inside the verb that needs
 it, so that this module loads in the base install and `afterclick --help` can list its verbs.
@@ -145,6 +145,13 @@ def replay(argv: Sequence[str]) -> int:
 def verify(argv: Sequence[str]) -> int:
     """Compare Redis with an offline replay of the log."""
     from afterclick.streams.verify import main
+
+    return main(argv)
+
+
+def archive(argv: Sequence[str]) -> int:
+    """Copy topics and inputs lists to Parquet files that outlive Kafka's retention."""
+    from afterclick.streams.archiver import main
 
     return main(argv)
 

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32
@@ -47,6 +47,15 @@ class ItemRecord(NamedTuple):
     partition: int
     offset: int
     item: Item | None
+
+
+class ItemsLog(Protocol):
+    """What reading items asks of the log: the topic, or topic and archive as one."""
+
+    def edges(self, topic: str, partition: int) -> tuple[int, int]: ...  # noqa: D102
+    def read(  # noqa: D102
+        self, topic: str, partition: int, start: int, stop: int
+    ) -> Iterator[list[Record]]: ...
 
 
 class UnavailableChange(NamedTuple):
@@ -260,7 +269,7 @@ class Runtime:
 
 
 def read_items(
-    reader: LogReader, topic: str, start: list[int], end: list[int]
+    reader: ItemsLog, topic: str, start: list[int], end: list[int]
 ) -> Iterator[ItemRecord]:
     """Every record of the items topic between two vectors of offsets, partition by partition."""
     for partition, stop in enumerate(end):

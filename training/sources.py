@@ -18,7 +18,7 @@ from afterclick.training.data import Columns
 
 if TYPE_CHECKING:
     from afterclick.streams.columns import ClickColumns, ItemColumns
-    from afterclick.streams.log import LogReader
+    from afterclick.streams.joined import JoinedLog
     from afterclick.streams.partition import Record
 
 log = logging.getLogger(__name__)
@@ -83,16 +83,18 @@ def read_columns(clicks: Path, click_columns: "ClickColumns | None" = None) -> C
 def read_topic(settings: StreamsSettings) -> Source:
     """Read both topics from their beginning to where they end when this is called.
 
-    Bad records are counted and skipped, as a worker sends them to the dead letters. Every
-    partition's records keep their order; a user's are all in one.
+    Where an archive is set and Kafka has dropped the beginning, it is the archive's. Bad records
+    are counted and skipped, as a worker sends them to the dead letters. Every partition's records
+    keep their order; a user's are all in one.
 
     Raises:
         ConfigError: a topic is not there.
+        ContractError: records are in neither topic nor archive.
         UnavailableError: the broker does not answer.
     """
-    from afterclick.streams.log import LogReader
+    from afterclick.streams.joined import JoinedLog
 
-    reader = LogReader(settings)
+    reader = JoinedLog(settings)
     try:
         clicks = _decoded(reader, settings, settings.clicks_topic, _click)
         items = _decoded(reader, settings, settings.items_topic, _item)
@@ -134,7 +136,7 @@ def _item(record: "Record") -> Item:
 
 
 def _decoded(
-    reader: "LogReader",
+    reader: "JoinedLog",
     settings: StreamsSettings,
     topic: str,
     decode: Callable[["Record"], Any],

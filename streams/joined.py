@@ -1,0 +1,105 @@
+"""A topic and its archive read as one log: what Kafka dropped comes from the archive.
+
+Has what `LogReader` has of reading, so that verify, rebuild and the trainer take either. Where both
+hold
+a record the topic's is taken: it is what the worker folded. A hole between them is refused by name.
+"""
+
+from collections.abc import Iterator
+
+from afterclick.serving.errors import ContractError
+from afterclick.streams.admin import check_topics
+from afterclick.streams.archive import Archive
+from afterclick.streams.log import LogReader
+from afterclick.streams.partition import Record
+from afterclick.streams.settings import StreamsSettings
+
+
+class JoinedLog:
+    """Archive, where one is set, and topic; closed by its owner."""
+
+    def __init__(self, settings: StreamsSettings) -> None:
+        self.archive = Archive(settings.archive) if settings.archive else None
+        self._settings = settings
+        self._log = LogReader(settings)
+        # A read holds its reader until it ends; the start of the log is asked for meanwhile.
+        self._edges = LogReader(settings)
+        self._ids: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Close the connections to Kafka."""
+        self._log.close()
+        self._edges.close()
+
+    def num_partitions(self, topic: str) -> int:
+        """Partitions of a topic, 0 where it does not exist."""
+        return self._log.num_partitions(topic)
+
+    def edges(self, topic: str, partition: int) -> tuple[int, int]:
+        """First offset that is still somewhere, and the offset after the topic's last record.
+
+        Raises:
+            ContractError: the archive lacks a file.
+        """
+        start, end = self._edges.edges(topic, partition)
+        held = self.archive.edges(topic, partition) if self.archive else None
+        return (min(start, held[0]) if held else start), end
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
+        """Records with start ≤ offset < stop, in batches as they come; gaps are passed over.
+
+        Raises:
+            ContractError: a part is in neither of the two, or Kafka drops it while it is read, or
+                the archive is of another topic or broken.
+            UnavailableError: nothing came in time.
+        """
+        first = self._edges.start(topic, partition)
+        if start < first and self.archive is not None:
+            held = self.archive.edges(topic, partition) or (first, first)
+            if held[0] > start or held[1] < min(stop, first):
+                raise self._hole(topic, partition, start, first, f"it holds {held[0]} to {held[1]}")
+            upto = min(stop, first)
+            yield from self.archive.read(
+                topic, partition, start, upto, topic_id=self._topic_id(topic)
+            )
+            start = upto
+        elif start < first:
+            raise self._hole(topic, partition, start, first, "there is no archive")
+        for records in self._log.read(topic, partition, start, stop):
+            # A consumer that stands before the log's start is moved on without a word.
+            if records[0].offset > start:
+                first = self._edges.start(topic, partition)
+                if first > start:
+                    raise self._hole(topic, partition, start, first, "it was dropped meanwhile")
+            yield records
+            start = records[-1].offset + 1
+
+    def redacted(self, topic: str, partition: int, start: int) -> int:
+        """Clicks of forgotten users from an offset on that nobody has any more, at most."""
+        first = self._edges.start(topic, partition)
+        if self.archive is None or start >= first:
+            return 0
+        return self.archive.redacted(topic, partition, start, first)
+
+    def at(self, topic: str, partition: int, offset: int) -> Record | None:
+        """One record, None where it is gone."""
+        return self._log.at(topic, partition, offset)
+
+    def _topic_id(self, topic: str) -> str:
+        if not self._ids:
+            topics = check_topics(self._settings)
+            self._ids = {
+                self._settings.clicks_topic: topics.clicks_id,
+                self._settings.items_topic: topics.items_id,
+            }
+        return self._ids.get(topic, "")
+
+    def _hole(
+        self, topic: str, partition: int, start: int, first: int, words: str
+    ) -> ContractError:
+        return ContractError(
+            f"{topic}/{partition}: the records from offset {start} are needed, the topic starts at "
+            f"{first}; archive {self._settings.archive or '(AFTERCLICK_STREAMS__ARCHIVE unset)'}: "
+            f"{words}",
+            reason="log-truncated",
+        )
