@@ -50,13 +50,6 @@ class LogReader:
         with self._lock:
             return len(self._guard(lambda: self._consumer().partitions_for_topic(topic)) or ())
 
-    def start(self, topic: str, partition: int) -> int:
-        """First offset that is still there."""
-        tp = TopicPartition(topic, partition)
-        with self._lock:
-            consumer = self._guard(lambda: self._consumer("read_uncommitted"))
-            return int(self._guard(lambda: consumer.beginning_offsets([tp]))[tp])
-
     def edges(self, topic: str, partition: int) -> tuple[int, int]:
         """First offset that is still there, and the offset after the last record.
 
