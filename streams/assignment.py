@@ -215,9 +215,7 @@ class HeldPartition:
             # Outside slot and gate: partitions on other masters and a swap go on meanwhile.
             await self._pause()
             return
-        if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
-            self._paused = False
-            self._shared.moves.resume(self.partition)
+        self._resume()
         if moved is None:
             return
         for applied in moved.applied:
@@ -284,6 +282,12 @@ class HeldPartition:
         self._shared.metrics.seeks.inc()
         self._inbox.clear()
         self._shared.moves.seek(self.partition, offset)
+        self._resume()  # nothing waits any more, and a paused partition would bring nothing
+
+    def _resume(self) -> None:
+        if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
+            self._paused = False
+            self._shared.moves.resume(self.partition)
 
     async def _persist(self, work: Callable[[], Any]) -> Any:
         """`_attempt` until Kafka and Redis let it through."""

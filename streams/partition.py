@@ -587,7 +587,7 @@ class PartitionFold:
         if not stored:
             # Nothing stands there (a fresh or flushed Redis): the log's start is where folding
             # begins.
-            self._head = Head(topic_id=before.topic_id, next=0)
+            self._head = Head(topic_id=before.topic_id, next=self._log_start())
         self._torn = False
 
     def _new_popularity(self) -> Popularity:

@@ -304,3 +304,30 @@ def test_a_held_partition_waits_with_the_words_of_whoever_holds_it(
         folder_of(store, serving_of(release))
     store.heads[0] = msgspec.json.encode(free)
     assert fold.process(following).applied
+
+
+def test_a_redis_that_lost_everything_under_a_worker_is_filled_from_the_log_s_start(
+    release: LoadedRelease,
+) -> None:
+    """A worker that starts then begins there too; offset 0 may have left the log long ago."""
+    records = log_of(some_clicks(20, seed=8), start=7)
+    once, emptied = Replica(), Replica()
+    for store in (once, emptied):
+        fold = PartitionFold(
+            0,
+            store,
+            RULES,
+            LIMITS,
+            serving=lambda: serving_of(release),
+            dead_letters=lambda _: None,
+            log_start=lambda: 7,
+            batch_ids=(f"b{n}" for n in itertools.count()),
+        )
+        fold.open(LogEdges("t", 7, 27), lambda _: None)
+        if store is emptied:
+            fold.process(Chunk(7, 17, records[:10]))
+            for table in (store.heads, store.records, store.lists, store.due, store.hours):
+                table.clear()
+            assert fold.check() == 7
+        fold.process(Chunk(7, 27, records))
+    assert emptied.snapshot() == once.snapshot()

@@ -1,0 +1,98 @@
+"""What a held partition asks of the consumer."""
+
+import asyncio
+from typing import Any
+
+from afterclick.streams.assignment import HeldPartition, Shared
+from afterclick.streams.gate import Gate
+from afterclick.streams.metrics import Metrics
+from afterclick.streams.partition import Chunk, LogEdges, Moved, Record
+from afterclick.streams.renewal import Basis, Renewal
+
+BACKLOG_MAX = 4
+NOTHING = Basis(0, ())
+
+
+class Consumer:
+    """Moves and log of one partition that is read from 0 on."""
+
+    def __init__(self) -> None:
+        self.seeks: list[int] = []
+        self.paused = False
+        self.sought = asyncio.Event()
+
+    def seek(self, partition: int, offset: int) -> None:
+        self.seeks.append(offset)
+        self.sought.set()
+
+    def pause(self, partition: int) -> None:
+        self.paused = True
+
+    def resume(self, partition: int) -> None:
+        self.paused = False
+
+    def applied(self, partition: int, position: int) -> None: ...
+
+    def edges(self, partition: int) -> LogEdges:
+        return LogEdges("t", 0, 100)
+
+    def crc_at(self, partition: int, offset: int) -> None: ...
+
+
+class OvertakenFold:
+    """A fold whose first chunk finds another writer's head."""
+
+    partition = 0
+    position = 0
+    has_due = False
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def open(self, edges: LogEdges, crc_at: Any) -> int:
+        return 0
+
+    def check(self) -> None: ...
+
+    def process(self, chunk: Chunk, *, put_off: bool) -> Moved:
+        self.chunks.append(chunk)
+        return Moved([], seek=3, mismatch=True)
+
+
+def test_a_partition_that_seeks_away_from_its_backlog_is_fetched_again() -> None:
+    """Its backlog was dropped, so nothing but the seek itself would ever resume it."""
+
+    async def scenario() -> Consumer:
+        consumer, fold = Consumer(), OvertakenFold()
+        prepared = asyncio.Event()
+        prepared.set()
+        shared: Any = Shared(
+            prepared=prepared,
+            gate=Gate(),
+            threads=None,  # type: ignore[arg-type]
+            slots=asyncio.Semaphore(1),
+            metrics=Metrics(),
+            moves=consumer,
+            log=consumer,
+            crash=lambda error: None,
+            records_max=2,
+            backlog_max=BACKLOG_MAX,
+            latency_budget_ms=0,
+            renewing=asyncio.Semaphore(1),
+            renewal=lambda: Renewal(0, 0.0, NOTHING, 0.0),
+            basis=lambda: NOTHING,
+        )
+        held: Any = HeldPartition(fold, shared)  # type: ignore[arg-type]
+        await consumer.sought.wait()
+        records = [Record(n, 0, b"u", b"{}") for n in range(2 * BACKLOG_MAX)]
+        for at in range(0, len(records), 2):
+            held.deliver(Chunk(at, at + 2, records[at : at + 2]))
+        assert consumer.paused
+        consumer.sought.clear()
+        await consumer.sought.wait()
+        await held.stop()
+        return consumer
+
+    consumer = asyncio.run(scenario())
+    assert consumer.seeks == [0, 3]
+    assert not consumer.paused
