@@ -27,6 +27,7 @@ from afterclick.serving.manifest import (
     ITEMS_NAME,
     SCAN_VECTORS_NAME,
     STEP_VECTORS_NAME,
+    ItemRow,
     ItemTable,
     Manifest,
 )
@@ -101,7 +102,7 @@ class Catalog:
         """
         where = f"release {folder.name}"
         try:
-            table = msgspec.json.decode((folder / ITEMS_NAME).read_bytes(), type=ItemTable)
+            table = _read_items((folder / ITEMS_NAME).read_bytes())
             step = np.load(folder / STEP_VECTORS_NAME, allow_pickle=False)
             scan = np.load(folder / SCAN_VECTORS_NAME, allow_pickle=False)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -237,6 +238,20 @@ class Catalog:
 
 
 _F32 = np.dtype(np.float32)
+
+
+class _RawTable(msgspec.Struct):
+    """`ItemTable`, its rows not yet decoded."""
+
+    items: list[msgspec.Raw]
+
+
+def _read_items(data: bytes) -> ItemTable:
+    """Row by row: one call for all would hold the interpreter, and so every click."""
+    row = msgspec.json.Decoder(ItemRow)
+    return ItemTable(
+        items=[row.decode(raw) for raw in msgspec.json.decode(data, type=_RawTable).items]
+    )
 
 
 def _with_spare(vectors: F32, num_rows: int) -> F32:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Applied, Chunk, LogEdges, PartitionFold
+from afterclick.streams.partition import Applied, Chunk, LogEdges, PartitionFold, Renewed
 from afterclick.streams.renewal import BATCH_USERS, Basis, Renewal
 
 IDLE_CHECK_S = 1.0
@@ -27,6 +27,10 @@ IDLE_CHECK_S = 1.0
 
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 2.0
 """Pauses between two tries while Kafka or Redis is away, doubling."""
+
+RENEWAL_REST = 2.0
+"""Pause after a renewal, as a multiple of what it took: nobody waits for it, but other clicks may.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +108,7 @@ class Inbox:
 
     async def wait(self, timeout_s: float) -> bool:
         """Whether something waits, at the latest after `timeout_s`."""
-        if not self._chunks:
+        if not self._chunks and timeout_s > 0:
             self._filled.clear()
             try:
                 await asyncio.wait_for(self._filled.wait(), timeout_s)
@@ -246,30 +250,28 @@ class HeldPartition:
         if not fold.has_due and not self._renewal.pending(basis(), time.monotonic()):
             return False
         users: list[str] = []
-        try:
-            async with self._shared.renewing, self._shared.slots, self._shared.gate.shared():
-                if self._inbox.num_records:
-                    return True  # clicks came while this waited: they go first
-                if fold.has_due:
-                    renewed = await self._attempt(partial(fold.renew_due, BATCH_USERS))
-                else:
-                    users = self._renewal.batch(basis(), fold.recent_users, time.monotonic())
-                    renewed = await self._attempt(partial(fold.renew, users))
-        except UnavailableError:
-            self._renewal.put_back(users)
-            await self._pause()
-            return True
-        if renewed is None:
-            return False
-        metrics = self._shared.metrics
-        metrics.renewed_lists.inc(renewed.lists)
-        metrics.rebuilt_records.inc(renewed.rebuilt)
-        if renewed.oldest_due_ms is not None:
-            late_s = max(0.0, time.time() - renewed.oldest_due_ms / 1000)
-            metrics.click_to_list_seconds.observe(late_s)
-        if renewed.seek is not None:
-            metrics.mismatches.inc()
-            self._go_to(renewed.seek)
+        async with self._shared.renewing:
+            begun_s, rest = time.monotonic(), 0.0
+            try:
+                async with self._shared.slots, self._shared.gate.shared():
+                    if self._inbox.num_records:
+                        return True  # clicks came while this waited: they go first
+                    if fold.has_due:
+                        renewed = await self._attempt(partial(fold.renew_due, BATCH_USERS))
+                    else:
+                        users = self._renewal.batch(basis(), fold.recent_users, begun_s)
+                        renewed = await self._attempt(partial(fold.renew, users))
+                        rest = RENEWAL_REST
+            except UnavailableError:
+                self._renewal.put_back(users)
+                await self._pause()
+                return True
+            if renewed is None:
+                return False
+            self._observe_renewed(renewed)
+            if renewed.seek is not None:
+                self._go_to(renewed.seek)
+            await self._inbox.wait(rest * (time.monotonic() - begun_s))
         return bool(renewed.lists)
 
     async def _look_at_head(self) -> None:
@@ -332,6 +334,15 @@ class HeldPartition:
     async def _pause(self) -> None:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, RETRY_MAX_S)
         await asyncio.sleep(pause_s)
+
+    def _observe_renewed(self, renewed: Renewed) -> None:
+        metrics = self._shared.metrics
+        metrics.renewed_lists.inc(renewed.lists)
+        metrics.rebuilt_records.inc(renewed.rebuilt)
+        metrics.mismatches.inc(renewed.seek is not None)
+        if renewed.oldest_due_ms is not None:
+            late_s = max(0.0, time.time() - renewed.oldest_due_ms / 1000)
+            metrics.click_to_list_seconds.observe(late_s)
 
     def _observe(self, applied: Applied) -> None:
         metrics, counts = self._shared.metrics, applied.counts

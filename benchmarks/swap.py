@@ -1,0 +1,110 @@
+"""What a swap of the release costs the clicks that come meanwhile: `python -m benchmarks.swap`.
+
+The same live load twice on one worker, whose users all have a past: once in peace, once with
+another release published every few seconds. Each swap loads and warms beside the running release,
+rebuilds the users who click from their history, and renews the lists of those who do not. Prints
+one JSON object as the last line.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from afterclick.serving.releases import ReleaseStore
+from afterclick.streams.local import Worker, local_worker
+from afterclick.streams.verify import verify
+from benchmarks import latency
+from benchmarks.ground import Ground, Options, backlog, fill, ground
+from benchmarks.report import machine
+from tests.tiny_release import write_tiny_release
+
+COUNTERS = ("swaps_total", "renewed_lists_total", "rebuilt_records_total", "put_off_lists_total")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Latencies with and without swaps."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap", description=main.__doc__)
+    parser.add_argument("--rate", type=float, default=200.0, help="clicks a second")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each measurement")
+    parser.add_argument("--every", type=float, default=8.0, help="seconds between publications")
+    parser.add_argument("--users", type=int, default=4000)
+    parser.add_argument("--items", type=int, default=20_000)
+    given = parser.parse_args(argv)
+    options = Options(users=given.users, items=given.items, clicks=given.users * 10)
+    with (
+        tempfile.TemporaryDirectory(prefix="afterclick-swap-") as name,
+        ground(options, Path(name)) as stage,
+    ):
+        _add_release(stage, "second", seed=options.seed + 1)
+        fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
+        with local_worker(stage.worker_env, Path(name)) as worker:
+            while sum(head.next for head in stage.heads()) < options.clicks:
+                time.sleep(0.1)
+            peace = latency.measure(stage, "peace", rate=given.rate, seconds=given.seconds)
+            before = _counters(worker)
+            publisher = _Publisher(stage, given.every)
+            publisher.start()
+            swapped = latency.measure(stage, "swapped", rate=given.rate, seconds=given.seconds)
+            publisher.stop()
+            after = _counters(worker)
+        report = verify(stage.serving, stage.streams)
+    result = {
+        "machine": machine("")[0],
+        "rate": given.rate,
+        "users": options.users,
+        "items": options.items,
+        "peace": peace,
+        "swapped": swapped,
+        **{counter: int(after[counter] - before[counter]) for counter in COUNTERS},
+        "differences": report.differences,
+        "first_difference": report.first_difference,
+    }
+    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    return 1 if report.differences or peace["unseen"] or swapped["unseen"] else 0
+
+
+class _Publisher(threading.Thread):
+    """Puts the two releases in force in turn."""
+
+    def __init__(self, stage: Ground, every_s: float) -> None:
+        super().__init__(daemon=True)
+        self._store = ReleaseStore(stage.serving.releases)
+        self._every_s = every_s
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        turn = 0
+        while not self._done.wait(self._every_s):
+            self._store.publish(("second", "random")[turn % 2])
+            turn += 1
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def _add_release(stage: Ground, name: str, *, seed: int) -> None:
+    store = ReleaseStore(stage.serving.releases)
+    folder = store.staging(name)
+    options = stage.options
+    write_tiny_release(folder, num_items=options.items, units=options.units, seed=seed)
+    store.add(folder)
+
+
+def _counters(worker: Worker) -> dict[str, Any]:
+    page = urllib.request.urlopen(f"{worker.url}/metrics").read().decode()  # noqa: S310
+    found = dict(re.findall(r"^afterclick_(\w+) (\S+)$", page, re.MULTILINE))
+    return {name: float(found[name]) for name in COUNTERS}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
