@@ -32,6 +32,9 @@ RENEWAL_REST = 2.0
 """Pause after a renewal, as a multiple of what it took: nobody waits for it, but other clicks may.
 """
 
+RENEWAL_TURN_S = 0.02
+"""How soon a partition asks again whether it may renew."""
+
 log = logging.getLogger(__name__)
 
 
@@ -249,30 +252,41 @@ class HeldPartition:
         fold, basis = self._fold, self._shared.basis
         if not fold.has_due and not self._renewal.pending(basis(), time.monotonic()):
             return False
-        users: list[str] = []
+        if self._shared.renewing.locked():
+            # Never queue behind another partition's renewal: clicks that come meanwhile would too.
+            await self._inbox.wait(RENEWAL_TURN_S)
+            return True
         async with self._shared.renewing:
-            begun_s, rest = time.monotonic(), 0.0
-            try:
-                async with self._shared.slots, self._shared.gate.shared():
-                    if self._inbox.num_records:
-                        return True  # clicks came while this waited: they go first
-                    if fold.has_due:
-                        renewed = await self._attempt(partial(fold.renew_due, BATCH_USERS))
-                    else:
-                        users = self._renewal.batch(basis(), fold.recent_users, begun_s)
-                        renewed = await self._attempt(partial(fold.renew, users))
-                        rest = RENEWAL_REST
-            except UnavailableError:
-                self._renewal.put_back(users)
-                await self._pause()
-                return True
-            if renewed is None:
-                return False
-            self._observe_renewed(renewed)
-            if renewed.seek is not None:
-                self._go_to(renewed.seek)
-            await self._inbox.wait(rest * (time.monotonic() - begun_s))
+            begun_s = time.monotonic()
+            renewed, rest = await self._renewed_batch()
+            if renewed is not None:
+                await self._inbox.wait(rest * (time.monotonic() - begun_s))
+        if renewed is None:
+            await self._pause()
+            return True
         return bool(renewed.lists)
+
+    async def _renewed_batch(self) -> tuple[Renewed | None, float]:
+        """One batch, and how long to rest after it; None while Redis does not let it through."""
+        fold, users, rest = self._fold, list[str](), 0.0
+        try:
+            async with self._shared.slots, self._shared.gate.shared():
+                if self._inbox.num_records:
+                    return Renewed(), 0.0  # clicks came while this waited: they go first
+                if fold.has_due:
+                    work = partial(fold.renew_due, BATCH_USERS)
+                else:
+                    now_s = time.monotonic()
+                    users = self._renewal.batch(self._shared.basis(), fold.recent_users, now_s)
+                    work, rest = partial(fold.renew, users), RENEWAL_REST
+                renewed = await self._attempt(work) or Renewed()
+        except UnavailableError:
+            self._renewal.put_back(users)
+            return None, 0.0
+        self._observe_renewed(renewed)
+        if renewed.seek is not None:
+            self._go_to(renewed.seek)
+        return renewed, rest
 
     async def _look_at_head(self) -> None:
         elsewhere = await self._persist(self._fold.check)
