@@ -151,6 +151,7 @@ class HeldPartition:
         self._paused = False
         self._renewal = shared.renewal()
         self._pause_s = RETRY_MIN_S
+        self._lost_told = 0
         self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
 
     @property
@@ -162,6 +163,11 @@ class HeldPartition:
         """Take a chunk from the consumer; never blocks."""
         if self.state in (State.REFUSED, State.OPENING):
             return  # opening seeks to the head, so nothing is lost
+        if chunk.rewound:
+            log.warning("partition %d: the position is not in the log any more", self.partition)
+            self.state, self.why = State.OPENING, "the position is not in the log any more"
+            self._inbox.clear()
+            return
         self._inbox.put(chunk)
         if not self._paused and self._inbox.num_records >= self._shared.backlog_max:
             self._paused = True
@@ -176,9 +182,10 @@ class HeldPartition:
         try:
             self.why = "the release is loading and items are being read"
             await self._shared.prepared.wait()
-            await self._open()
             while self.state != State.REFUSED:
-                if self._inbox.num_records or not await self._renew_some():
+                if self.state == State.OPENING:
+                    await self._open()
+                elif self._inbox.num_records or not await self._renew_some():
                     if await self._inbox.wait(IDLE_CHECK_S):
                         await self._fold_what_waits()
                     else:
@@ -199,7 +206,9 @@ class HeldPartition:
         position = await self._persist(work)
         if position is None:
             return
+        self._tell_lost()
         self._inbox.clear()
+        self._resume()
         self._shared.moves.seek(self.partition, position)
         self._shared.moves.applied(self.partition, position)
         self.state, self.why = State.READY, ""
@@ -222,6 +231,7 @@ class HeldPartition:
             # Outside slot and gate: partitions on other masters and a swap go on meanwhile.
             await self._pause()
             return
+        self._tell_lost()
         self._resume()
         if moved is None:
             return
@@ -304,6 +314,13 @@ class HeldPartition:
         if self._paused and self._inbox.num_records <= self._shared.backlog_max // 2:
             self._paused = False
             self._shared.moves.resume(self.partition)
+
+    def _tell_lost(self) -> None:
+        lost = self._fold.lost_records - self._lost_told
+        if lost:
+            self._lost_told += lost
+            self._shared.metrics.lost_records.inc(lost)
+            log.warning("partition %d: %d records lost: the log dropped them", self.partition, lost)
 
     async def _persist(self, work: Callable[[], Any]) -> Any:
         """`_attempt` until Kafka and Redis let it through."""

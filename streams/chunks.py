@@ -104,6 +104,11 @@ class ChunkConsumer(Consumer):
         """Leaving with work in hand is safe: whoever comes next goes on from the head in Redis."""
         await self.commit_and_end_transactions()
 
+    def on_buffer_drop(self, tp: TP) -> None:
+        """A stream's queue has room again; Faust would fetch a paused partition again too."""
+        super().on_buffer_drop(tp)
+        self._get_active_partitions().difference_update(self._paused_partitions)
+
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
         return iter(list(self.progress))
 
@@ -144,13 +149,15 @@ class ChunkConsumer(Consumer):
             for start in range(0, len(found), self.records_max):
                 piece = found[start : start + self.records_max]
                 first, end = piece[0].offset, piece[-1].offset + 1
-                begin = min(self._next.get(tp, first), first)
+                asked = self._next.get(tp, first)
+                # aiokafka goes to the log's start where the position is no longer in the log.
+                begin, rewound = min(asked, first), first < asked
                 self._next[tp] = end
                 if not self.flow_active or tp in self._seeks or tp not in self.assignment():
                     # Dropped: the next chunk begins after it, which the fold takes as a hole.
                     continue
                 message = self._to_message(tp, piece[-1])
-                chunk: Any = Chunk(begin, end, [record_of(record) for record in piece])
+                chunk: Any = Chunk(begin, end, [record_of(record) for record in piece], rewound)
                 message.value = chunk
                 await self.callback(message)
 

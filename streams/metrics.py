@@ -62,6 +62,9 @@ class Metrics:
             "mismatches_total", "Writes refused because Redis held another head."
         )
         self.seeks = counter("seeks_total", "Times a partition was read again from its head.")
+        self.lost_records = counter(
+            "lost_records_total", "Records the log dropped before they were folded (ACCEPT_LOSS)."
+        )
         self.swaps = counter("swaps_total", "Releases put in force.")
         self.refused_releases = counter(
             "refused_releases_total", "Publications that failed a check, by reason.", ("reason",)

@@ -59,6 +59,8 @@ class Chunk(NamedTuple):
     end: int
     """Offset after the last record."""
     records: Sequence[Record]
+    rewound: bool = False
+    """The broker sent the consumer back before `begin`, unasked: this may be another log now."""
 
 
 class DeadLetter(NamedTuple):
@@ -251,7 +253,7 @@ class PartitionFold:
             )
         elif head.next < edges.start:
             if not self._accept_loss:
-                raise self._dropped(edges.start)
+                raise self._dropped(edges.start, edges.start - head.next)
             self.lost_records += edges.start - head.next
             self._head = msgspec.structs.replace(head, next=edges.start)
         elif head.last_offset >= edges.start:
@@ -291,8 +293,7 @@ class PartitionFold:
         if chunk.begin > self._head.next:
             return Moved(applied, seek=self._head.next)
         records = [record for record in chunk.records if record.offset >= self._head.next]
-        if records and records[0].offset > self._head.next:
-            self._check_gap()
+        self._check_gaps(records)
         self._torn = True
         while records:
             serving = self._serving()
@@ -389,19 +390,26 @@ class PartitionFold:
             for at, needed in enumerate(head.publication_items)
         )
 
-    def _check_gap(self) -> None:
-        """Tell a gap that markers or compaction left from records that the log dropped unread."""
-        start = self._log_start()
-        if start <= self._head.next:
+    def _check_gaps(self, records: Sequence[Record]) -> None:
+        """Tell gaps that markers or compaction left from records that the log dropped unread."""
+        ends = [self._head.next, *(record.offset + 1 for record in records)]
+        gaps = [
+            (end, record.offset)
+            for end, record in zip(ends, records, strict=False)
+            if record.offset > end
+        ]
+        if not gaps:
             return
-        if not self._accept_loss:
-            raise self._dropped(start)
-        self.lost_records += start - self._head.next
+        start = self._log_start()
+        lost = sum(max(0, min(start, first) - end) for end, first in gaps)
+        if lost and not self._accept_loss:
+            raise self._dropped(start, lost)
+        self.lost_records += lost
 
-    def _dropped(self, start: int) -> ContractError:
+    def _dropped(self, start: int, lost: int) -> ContractError:
         return ContractError(
             f"partition {self.partition}: the head is at {self._head.next}, the log starts at "
-            f"{start}: {start - self._head.next} records were dropped before they were folded; set "
+            f"{start}: {lost} records were dropped before they were folded; set "
             "AFTERCLICK_STREAMS__ACCEPT_LOSS=true to go on without them",
             reason="head-before-start",
         )

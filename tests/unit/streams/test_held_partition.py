@@ -45,6 +45,7 @@ class OvertakenFold:
     partition = 0
     position = 0
     has_due = False
+    lost_records = 0
 
     def __init__(self) -> None:
         self.chunks: list[Chunk] = []
