@@ -75,7 +75,14 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 def run(
-    folder: Path, steps: Sequence[Step], *, seed: int, kafka: bool, num_workers: int, tell: Tell
+    folder: Path,
+    steps: Sequence[Step],
+    *,
+    seed: int,
+    kafka: bool,
+    num_workers: int,
+    tell: Tell,
+    session_timeout_s: float = 6.0,
 ) -> Outcome:
     """Go through a schedule; everything is real and runs in `folder`."""
     begun_s = time.monotonic()
@@ -94,7 +101,9 @@ def run(
         tell(f"   recovered in {took_s:.1f} s, stood still for {stood:.1f} s\n")
         all_of.watch.begin()
 
-    with deployment(folder, kafka=kafka, num_workers=num_workers) as all_of:
+    with deployment(
+        folder, kafka=kafka, num_workers=num_workers, session_timeout_s=session_timeout_s
+    ) as all_of:
         published = 1
         last: tuple[str, Mark] | None = None
         struck = 0  # faults since the last recovery
@@ -185,6 +194,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--broker", choices=("tansu", "kafka"), default="tansu")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--session-timeout", type=float, default=6.0, help="seconds (6)")
     parser.add_argument("--kinds", help="only these, comma between them")
     parser.add_argument("--keep", type=Path, help="folder for logs and data, kept")
     options = parser.parse_args()
@@ -205,6 +215,7 @@ def main() -> int:
             kafka=kafka,
             num_workers=options.workers,
             tell=sys.stderr.write,
+            session_timeout_s=options.session_timeout,
         )
     line = msgspec.to_builtins(outcome) | {"load_average": round(os.getloadavg()[0], 1)}
     sys.stdout.write(json.dumps(line) + "\n")

@@ -81,10 +81,9 @@ class Deployment:
         """How far each partition is folded, as one of the two servers has it."""
         return read_heads(self._stores[server.port], NUM_PARTITIONS)
 
-    def went_back(self, before: dict[int, int]) -> None:
-        """Note what the primary no longer has of `before`."""
-        now = self.heads(self.pair.primary)
-        self.lost_by_redis.append(sum(max(0, head - now[p]) for p, head in before.items()))
+    def went_back(self, before: dict[int, int], after: dict[int, int]) -> None:
+        """Note how many records Redis had acknowledged and has no longer."""
+        self.lost_by_redis.append(sum(max(0, head - after[p]) for p, head in before.items()))
 
     def supervise(self) -> None:
         """Start what ended by itself, kill and start what says that it is stuck."""
@@ -138,7 +137,9 @@ def behind_proxies(proxies: list[Proxy]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def deployment(folder: Path, *, kafka: bool, num_workers: int) -> Iterator[Deployment]:
+def deployment(
+    folder: Path, *, kafka: bool, num_workers: int, session_timeout_s: float
+) -> Iterator[Deployment]:
     """All of it, running, under load, on release r1."""
     with contextlib.ExitStack() as stack:
         ways: list[Proxy | None] = [None] * num_workers
@@ -166,6 +167,12 @@ def deployment(folder: Path, *, kafka: bool, num_workers: int) -> Iterator[Deplo
         create_topics(streams, partitions=NUM_PARTITIONS, replication=1)
         stage = Stage(streams, f"redis://{front.address}/0", f"chaos-{name}", folder)
         stack.callback(stage.close)
+        stage.streams = msgspec.structs.replace(
+            stage.streams,
+            session_timeout_s=session_timeout_s,
+            # tansu waits for so long at each join; for Kafka it is a bound, here the default.
+            rebalance_timeout_s=20.0 if kafka else 6.0,
+        )
         stage.publish("r1", seed=1)
         topics = check_topics(streams)
         stores = {
