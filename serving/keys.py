@@ -55,6 +55,20 @@ class Keys:
         """Glob that finds every record of a partition."""
         return f"{{{_glob_escape(self.namespace)}:{partition}}}:u:*"
 
+    def patterns(self, partition: int) -> list[str]:
+        """Globs that find everything of a partition; `is_of` sorts out what else they find."""
+        patterns = [f"{{{_glob_escape(self.namespace)}:{partition}}}:*"]
+        if self.layout == "single":
+            patterns.append(f"{_glob_escape(self.namespace)}:top:?*")
+        return patterns
+
+    def is_of(self, partition: int, name: str) -> bool:
+        """Whether a name that `patterns` found is of this partition."""
+        if self.layout == "cluster" or name.startswith("{"):
+            return True
+        user = name.removeprefix(self.fallback)
+        return partition_of(user, self.partitions) == partition
+
     def popularity(self, partition: int, bucket: int) -> str:
         """Redis hash of one hour's click counts per item."""
         return f"{{{self.namespace}:{partition}}}:pop:{bucket}"

@@ -1,7 +1,8 @@
 """The Lua scripts that change Redis; store.py runs them.
 
 Everything of one partition changes by two scripts, and only while the stored head is, whole, the
-one that was read: `COMMIT` moves the head, `RENEW` makes lists anew under a head that stays. Lists
+one that was read: `COMMIT` moves the head, `RENEW` makes lists anew under a head that stays
+(and `CLEAR` empties a partition that a rebuild holds). Lists
 written outside them ended wrong in 349 of 400 simulated failovers (design.md). All keys of a call
 but the lists share one hash slot, and all keys are declared.
 """
@@ -68,6 +69,16 @@ return 'OK'
 """KEYS: head, due, then record and list of each user. ARGV: head expected, milliseconds to keep
 users of whom nothing stands there, then record ('' leaves it) and list of each user.
 Running twice changes nothing. What has expired meanwhile stays away, unless a list is due.
+"""
+
+CLEAR = """
+local head = redis.call('GET', KEYS[1]) or ''
+if head ~= ARGV[1] then return head end
+for at = 2, #KEYS do redis.call('DEL', KEYS[at]) end
+return 'OK'
+"""
+"""Delete what a rebuild finds in its way. KEYS: head, then keys of its partition. ARGV: head
+expected.
 """
 
 UNAVAILABLE = """

@@ -5,7 +5,7 @@ The client is the synchronous one, used from worker threads: one MGET and one sc
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.records import Head, InputsEntry, stamp_list
-from afterclick.serving.scripts import COMMIT, RENEW, UNAVAILABLE
+from afterclick.serving.scripts import CLEAR, COMMIT, RENEW, UNAVAILABLE
 
 
 class Due(NamedTuple):
@@ -87,13 +87,14 @@ class Store:
         self.keys = keys
         self._url = url
         self.record_ttl_s = record_ttl_s
-        self._popularity_ttl_s = popularity_ttl_s
+        self.popularity_ttl_s = popularity_ttl_s
         self._clock_ms = clock_ms
         self.observe_s: Callable[[float], None] = lambda _: None
         """Told how long each call took, answer included."""
         self._redis: Any = connect(url, keys.layout) if client is None else client
         self._commit = self._redis.register_script(COMMIT)
         self._renew = self._redis.register_script(RENEW)
+        self._clear = self._redis.register_script(CLEAR)
         self._unavailable = self._redis.register_script(UNAVAILABLE)
 
     def close(self) -> None:
@@ -151,7 +152,7 @@ class Store:
             msgspec.json.encode(entry) if entry else b"",
             self.record_ttl_s,
             len(users),
-            self._popularity_ttl_s,
+            self.popularity_ttl_s,
         ]
         for user in users:
             names.append(self.keys.user(partition, user.user_id))
@@ -220,6 +221,36 @@ class Store:
         answer: bytes = self._call(lambda: self._renew(keys=names, args=args))
         return None if answer == b"OK" else answer
 
+    def clear(self, partition: int, expected: bytes, *, inputs: bool, head: bool = False) -> bool:
+        """Delete everything of a partition while its head stands as expected; scans, so for a
+        rebuild only.
+
+        Args:
+            partition: whose.
+            expected: the head in Redis.
+            inputs: the inputs list, too.
+
+        Returns:
+            Whether the head stood as expected to the end.
+        """
+        kept = {self.keys.head(partition), *([] if inputs else [self.keys.inputs(partition)])}
+
+        def left() -> Iterator[str]:
+            for pattern in self.keys.patterns(partition):
+                for key in self._redis.scan_iter(match=pattern, count=1000):
+                    name = key.decode()
+                    if name not in kept and self.keys.is_of(partition, name):
+                        yield name
+
+        def clear() -> bool:
+            names = left()
+            while some := list(itertools.islice(names, 500)):
+                if self._clear(keys=[self.keys.head(partition), *some], args=[expected]) != b"OK":
+                    return False
+            return True
+
+        return bool(self._call(clear))
+
     def inputs(self, partition: int) -> list[InputsEntry]:
         """Everything that entered the partition's fold besides its clicks, oldest first."""
         found = self._call(lambda: self._redis.lrange(self.keys.inputs(partition), 0, -1))
@@ -256,7 +287,7 @@ class Store:
         """A partition's most popular items, for the fallback list; a hint outside the fold."""
         name = self.keys.popularity_summary(partition)
         data = msgspec.json.encode(scores)
-        self._call(lambda: self._redis.set(name, data, ex=self._popularity_ttl_s))
+        self._call(lambda: self._redis.set(name, data, ex=self.popularity_ttl_s))
 
     def read_summaries(self, num_partitions: int) -> list[dict[str, int]]:
         """All partitions' summaries."""

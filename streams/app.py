@@ -464,7 +464,7 @@ def run_worker(
     for note in topics.notes:
         log.warning("%s", note)
     store = _wait_for_redis(serving, topics, streams.start_timeout_s)
-    _claim_namespace(store, serving, streams, topics)
+    claim_namespace(store, serving, streams, topics)
     worker = Worker(serving, streams, topics, store)
     health = HealthServer(
         streams.host, streams.port, worker.live, worker.ready, worker.metrics.registry
@@ -524,7 +524,7 @@ def _wait_for_redis(serving: ServingSettings, topics: TopicsInfo, timeout_s: flo
             time.sleep(0.5)
 
 
-def _claim_namespace(
+def claim_namespace(
     store: Store, serving: ServingSettings, streams: StreamsSettings, topics: TopicsInfo
 ) -> None:
     """Another partition count would look for users where they are not."""

@@ -156,6 +156,13 @@ def archive(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def rebuild(argv: Sequence[str]) -> int:
+    """Fill an empty Redis from topic and archive, as the workers would have left it."""
+    from afterclick.streams.rebuild import main
+
+    return main(argv)
+
+
 def demo(argv: Sequence[str]) -> int:
     """Show all of it on this machine: broker, Redis, training, worker, live clicks."""
     from afterclick.streams.demo import main

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 import onnxruntime
 
-from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import partition_of
 from afterclick.serving.records import (
     Head,
@@ -179,6 +179,8 @@ class _Check:
             report.behind += end - start
             return
         head = msgspec.json.decode(stored, type=Head)
+        if head.hold:
+            raise UnavailableError(f"verify: partition {partition} is held: {head.hold}")
         self._entries = self._store.inputs(partition)
         if not self._entries:
             report.differ(

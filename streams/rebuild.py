@@ -1,0 +1,365 @@
+"""`afterclick rebuild`: fills Redis from topic and archive, many clicks at once.
+
+What a worker would have written click by click is folded in large pieces in memory (refold.py), one
+list is
+made per user at the end, and all of it is written in bulk. It comes out as the stream would have
+left it,
+but for lists renewed since. Every write goes through the store's scripts, fenced on a head that
+says who holds
+the partition: workers wait and go on by themselves once the real head stands there, and of two
+rebuilds the
+later one wins.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
+from afterclick.serving.manifest import Publication
+from afterclick.serving.records import Head, InputsEntry
+from afterclick.serving.releases import ReleaseStore
+from afterclick.serving.settings import ListRules, ServingSettings, serving_settings
+from afterclick.serving.store import PopularityWrite, Store, UserWrite
+from afterclick.streams.admin import TopicsInfo, check_topics
+from afterclick.streams.app import claim_namespace, open_store
+from afterclick.streams.joined import JoinedLog
+from afterclick.streams.popularity import BUCKET_MS
+from afterclick.streams.refold import PIECE_RECORDS, Answer, Refold, Releases, in_force
+from afterclick.streams.settings import StreamsSettings, streams_settings
+
+WRITE_USERS = 256
+"""Users a script: longer ones block Redis."""
+
+WRITE_ITEMS = 2000
+"""Items of an hour's popularity a script."""
+
+HOLD = "rebuild"
+HOLD_KEPT = f"{HOLD}, its inputs list kept"
+HOLD_ANEW = f"{HOLD}, its inputs list written anew"
+"""Told in the head, for whoever takes over: an inputs list written by a rebuild may be half."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Rebuilt(msgspec.Struct, kw_only=True):
+    """What a rebuild did."""
+
+    partitions: int = 0
+    skipped: int = 0
+    """Partitions that have a head of a worker: they were left alone."""
+    clicks: int = 0
+    users: int = 0
+    lists: int = 0
+    expired: int = 0
+    """Users left out, because their last click is older than records are kept."""
+    new_start: list[int] = []
+    """Partitions without an inputs list, or whose log is gone where it begins: the retained log was
+    folded under the newest release.
+    """
+    seconds: float = 0.0
+    clicks_per_s: float = 0.0
+
+
+def rebuild(
+    serving: ServingSettings,
+    streams: StreamsSettings,
+    *,
+    partition: int | None = None,
+    replace: bool = False,
+) -> Rebuilt:
+    """Fill the partitions that have no head, or one.
+
+    Args:
+        serving: where Redis and the releases are.
+        streams: where Kafka and the archive are.
+        partition: only this one.
+        replace: take partitions over from workers, too.
+
+    Raises:
+        ConfigError: there is nothing to rebuild, or somebody else holds a partition.
+        ContractError: a part of the log, or a release that the inputs name, is gone.
+        UnavailableError: Kafka, Redis or the archive does not answer, or another rebuild took over.
+    """
+    begun_s = time.monotonic()
+    topics = check_topics(streams)
+    num = topics.clicks_partitions
+    if partition is not None and not 0 <= partition < num:
+        raise ConfigError(f"rebuild: topic {streams.clicks_topic!r} has partitions 0 to {num - 1}")
+    store = open_store(serving, topics)
+    done = Rebuilt()
+    reader, releases = JoinedLog(streams), Releases(serving, streams)
+    try:
+        store.check_server()
+        claim_namespace(store, serving, streams, topics)
+        chosen = range(num) if partition is None else [partition]
+        work = [_Partition(p, store, reader, releases, serving, streams, topics) for p in chosen]
+        # All at once: a worker that finds an empty partition starts to fold it.
+        held = [one for one in work if one.hold(replace=replace)]
+        if not held:
+            raise ConfigError(
+                f"rebuild: {'every partition' if partition is None else f'partition {partition}'} "
+                "has a head, nothing to rebuild; --replace takes it from the workers"
+            )
+        done.skipped = len(work) - len(held)
+        try:
+            for one in held:
+                one.run(done)
+        except AfterclickError:
+            for one in held:
+                one.give_back()
+            raise
+        _tell_unavailable(store, releases, held)
+    finally:
+        reader.close()
+        releases.close()
+        store.close()
+    done.seconds = round(time.monotonic() - begun_s, 3)
+    done.clicks_per_s = round(done.clicks / done.seconds, 1)
+    return done
+
+
+class _Held(NamedTuple):
+    """The head that stands in Redis, ours."""
+
+    head: Head
+    stored: bytes
+
+
+class _Partition:
+    """One partition's way from nothing to a real head."""
+
+    def __init__(
+        self,
+        partition: int,
+        store: Store,
+        reader: JoinedLog,
+        releases: Releases,
+        serving: ServingSettings,
+        streams: StreamsSettings,
+        topics: TopicsInfo,
+    ) -> None:
+        self.partition = partition
+        self.entries: list[InputsEntry] = []
+        self._store = store
+        self._reader = reader
+        self._releases = releases
+        self._serving = serving
+        self._streams = streams
+        self._topics = topics
+        self._before = b""
+        self._held = _Held(Head(), b"")
+        name = uuid.uuid4().hex[:12]
+        self._batches = (f"rebuild-{name}-{n}" for n in itertools.count())
+
+    def hold(self, *, replace: bool) -> bool:
+        """Take the partition; false where a worker's head stands and is left alone."""
+        stored = self._store.read(self.partition, []).head
+        head = msgspec.json.decode(stored, type=Head) if stored else Head()
+        if head.hold and not head.hold.startswith(HOLD):
+            raise ConfigError(f"rebuild: partition {self.partition} is held: {head.hold}")
+        if stored and not head.hold and not replace:
+            return False
+        if head.hold != HOLD_ANEW:
+            self.entries = self._store.inputs(self.partition)
+        hold = HOLD_KEPT if self.entries else HOLD_ANEW
+        self._before = b"" if head.hold else stored
+        self._held = _Held(head, stored)
+        self._move(msgspec.structs.replace(head, hold=hold))
+        return True
+
+    def run(self, done: Rebuilt) -> None:
+        """Fold, write, let go."""
+        refold, new_start = self._fold()
+        self._before = b""
+        self._write(refold, done, new_start=new_start)
+        done.partitions += 1
+        done.clicks += refold.head.clicks
+        if new_start:
+            done.new_start.append(self.partition)
+
+    def give_back(self) -> None:
+        """Leave a partition that was taken from workers as it was, unless its keys were touched.
+
+        Any other stays held: folding half a rebuild would be worse than waiting for the next one.
+        """
+        if self._before:
+            self._move(msgspec.json.decode(self._before, type=Head))
+
+    def _fold(self) -> tuple[Refold, bool]:
+        """Everything but Redis' users, in memory; and whether this is a new start."""
+        topic, partition = self._streams.clicks_topic, self.partition
+        start, end = self._reader.edges(topic, partition)
+        archive = self._reader.archive
+        if not self.entries and archive is not None:
+            self.entries = archive.inputs(self._serving.namespace, partition)
+        why = "there is no inputs list, in Redis or in an archive"
+        if self.entries and start > self.entries[0].offset:
+            why = f"its log before {start} is gone, it began at {self.entries[0].offset}"
+            self.entries = []
+        new_start = not self.entries
+        if new_start:
+            if self._before:
+                raise ConfigError(
+                    f"rebuild: partition {partition}: {why}; to replace what the workers wrote "
+                    "would lose it: left as it was"
+                )
+            log.warning(
+                "partition %d: %s: the retained log from %d on is folded under the newest release; "
+                "this is a new start",
+                partition,
+                why,
+                start,
+            )
+            self.entries = [self._newest(start)]
+        refold = Refold(
+            partition,
+            self.entries,
+            self._releases,
+            self._reader,
+            topic,
+            topic_id=self._topics.clicks_id,
+        )
+        refold.run_to(end, self.entries)
+        return refold, new_start
+
+    def _newest(self, offset: int) -> InputsEntry:
+        """What a worker would fold with now."""
+        serving, topic = self._serving, self._streams.items_topic
+        releases = ReleaseStore(serving.releases, serving.releases_cache)
+        current = releases.current() or Publication(number=0, release="", sha256="")
+        ends = [
+            self._reader.edges(topic, partition)[1]
+            for partition in range(self._topics.items_partitions)
+        ]
+        entry = InputsEntry(
+            offset=offset,
+            publication=current.number,
+            release=current.release,
+            sha256=current.sha256,
+            publication_items=ends,
+            items=ends,
+            rules=ListRules.of(serving),
+        )
+        items = list(self._releases.serving(entry).catalog.offsets)
+        return msgspec.structs.replace(entry, items=items, publication_items=items)
+
+    def _write(self, refold: Refold, done: Rebuilt, *, new_start: bool) -> None:
+        anew = self._held.head.hold == HOLD_ANEW or new_start
+        if anew and self._held.head.hold != HOLD_ANEW:
+            self._move(msgspec.structs.replace(self._held.head, hold=HOLD_ANEW))
+        if not self._store.clear(self.partition, self._held.stored, inputs=anew):
+            raise self._overtaken()
+        for entry in self.entries if anew else []:
+            self._move(self._held.head, entry=entry)
+        for users in _batched(self._users(refold, done), WRITE_USERS):
+            self._move(self._held.head, users=users)
+        for hour in self._hours(refold):
+            self._move(self._held.head, hours=[hour])
+        head = msgspec.structs.replace(refold.head, topic_id=self._topics.clicks_id)
+        if not refold.replica.heads:  # not one record
+            head = msgspec.structs.replace(head, next=self.entries[0].offset)
+        self._move(head)
+
+    def _users(self, refold: Refold, done: Rebuilt) -> Iterator[UserWrite]:
+        """Every user's record and list, entry after entry, so that items only go forward."""
+        now_s, replica = time.time(), refold.replica
+        under: dict[int, dict[str, Answer]] = {}
+        for user in sorted(refold.users):
+            if now_s - refold.last_seen_ms[user] / 1000 > self._store.record_ttl_s:
+                done.expired += 1
+                continue
+            answer = refold.answer(user)
+            assert answer is not None, "a record comes with a list"
+            done.users += bool(answer.record)
+            done.lists += 1
+            if (self.partition, user) in replica.due:
+                under.setdefault(in_force(self.entries, answer.offset), {})[user] = answer
+            else:
+                yield UserWrite(user, answer.record, replica.lists[user])
+        for place, answers in sorted(under.items()):
+            for some in _batched(answers.items(), PIECE_RECORDS):
+                made = self._releases.make(self.entries[place], self.partition, dict(some))
+                for user, one in made.items():
+                    yield UserWrite(user, one.record, one.list_body)
+
+    def _hours(self, refold: Refold) -> Iterator[PopularityWrite]:
+        """Popularity as far back as Redis would still have it."""
+        since_ms = refold.head.watermark_ms - 1000 * self._store.popularity_ttl_s
+        for (_, bucket), counts in sorted(refold.replica.hours.items()):
+            if bucket * BUCKET_MS >= since_ms:
+                for some in _batched(counts.items(), WRITE_ITEMS):
+                    yield PopularityWrite(bucket, dict(some))
+
+    def _move(
+        self,
+        head: Head,
+        *,
+        entry: InputsEntry | None = None,
+        users: Sequence[UserWrite] = (),
+        hours: Sequence[PopularityWrite] = (),
+    ) -> None:
+        """One write, from our head to the next one."""
+        head = msgspec.structs.replace(head, batch=next(self._batches))
+        stands = self._store.commit(self.partition, self._held.stored, head, entry, users, hours)
+        if stands is not None:
+            raise self._overtaken()
+        self._held = _Held(head, msgspec.json.encode(head))
+
+    def _overtaken(self) -> UnavailableError:
+        return UnavailableError(
+            f"rebuild: partition {self.partition}: another head stands in Redis than the one this "
+            "rebuild wrote: another rebuild took over, or Redis lost its last writes; run it again"
+        )
+
+
+def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    values = iter(values)
+    while some := list(itertools.islice(values, size)):
+        yield some
+
+
+def _tell_unavailable(store: Store, releases: Releases, rebuilt: Sequence[_Partition]) -> None:
+    """Readers' set of items not to show, as of the newest items that any partition saw."""
+    entries = [entry for one in rebuilt for entry in one.entries]
+    newest = max(entries, key=lambda entry: (sum(entry.items), entry.publication))
+    catalog = releases.serving(newest).catalog
+    store.write_unavailable(-2, sum(catalog.offsets), [], sorted(catalog.unavailable))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fill an empty Redis from topic and archive, as the workers would have left it."""
+    parser = argparse.ArgumentParser(prog="afterclick rebuild", description=main.__doc__)
+    parser.add_argument("--partition", type=int, metavar="P", help="one instead of all")
+    parser.add_argument(
+        "--replace", action="store_true", help="take partitions over from workers, too"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="rebuild: %(message)s")
+    done = rebuild(
+        serving_settings(os.environ),
+        streams_settings(os.environ),
+        partition=options.partition,
+        replace=options.replace,
+    )
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(done).decode() + "\n")
+        return 0
+    sys.stdout.write(
+        f"{done.clicks} clicks, {done.users} records and {done.lists} lists in {done.partitions} "
+        f"partitions, {done.clicks_per_s:.0f} clicks/s\n"
+    )
+    if done.new_start:
+        sys.stdout.write(f"a new start in partitions {', '.join(map(str, done.new_start))}\n")
+    return 0
