@@ -13,7 +13,6 @@ later one wins.
 
 import argparse
 import itertools
-import logging
 import os
 import sys
 import time
@@ -49,8 +48,6 @@ HOLD_ANEW = f"{HOLD}, its inputs list written anew"
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
 
 class Rebuilt(msgspec.Struct, kw_only=True):
     """What a rebuild did."""
@@ -63,9 +60,9 @@ class Rebuilt(msgspec.Struct, kw_only=True):
     lists: int = 0
     expired: int = 0
     """Users left out, because their last click is older than records are kept."""
-    new_start: list[int] = []
-    """Partitions without an inputs list, or whose log is gone where it begins: the retained log was
-    folded under the newest release.
+    new_start: dict[int, str] = {}
+    """Partitions whose retained log was folded under the newest release, and why: there is no
+    inputs list, or the log is gone where it begins.
     """
     seconds: float = 0.0
     clicks_per_s: float = 0.0
@@ -180,13 +177,13 @@ class _Partition:
 
     def run(self, done: Rebuilt) -> None:
         """Fold, write, let go."""
-        refold, new_start = self._fold()
+        refold, why = self._fold()
         self._before = b""
-        self._write(refold, done, new_start=new_start)
+        self._write(refold, done, new_start=bool(why))
         done.partitions += 1
         done.clicks += refold.head.clicks
-        if new_start:
-            done.new_start.append(self.partition)
+        if why:
+            done.new_start[self.partition] = why
 
     def give_back(self) -> None:
         """Leave a partition that was taken from workers as it was, unless its keys were touched.
@@ -196,31 +193,24 @@ class _Partition:
         if self._before:
             self._move(msgspec.json.decode(self._before, type=Head))
 
-    def _fold(self) -> tuple[Refold, bool]:
-        """Everything but Redis' users, in memory; and whether this is a new start."""
+    def _fold(self) -> tuple[Refold, str]:
+        """Everything but Redis' users, in memory; and why this is a new start, if it is one."""
         topic, partition = self._streams.clicks_topic, self.partition
         start, end = self._reader.edges(topic, partition)
         archive = self._reader.archive
         if not self.entries and archive is not None:
             self.entries = archive.inputs(self._serving.namespace, partition)
-        why = "there is no inputs list, in Redis or in an archive"
-        if self.entries and start > self.entries[0].offset:
-            why = f"its log before {start} is gone, it began at {self.entries[0].offset}"
-            self.entries = []
-        new_start = not self.entries
-        if new_start:
-            if self._before:
-                raise ConfigError(
-                    f"rebuild: partition {partition}: {why}; to replace what the workers wrote "
-                    "would lose it: left as it was"
-                )
-            log.warning(
-                "partition %d: %s: the retained log from %d on is folded under the newest release; "
-                "this is a new start",
-                partition,
-                why,
-                start,
+        why = ""
+        if not self.entries:
+            why = "there is no inputs list, in Redis or in an archive"
+        elif start > self.entries[0].offset:
+            why = f"the log begins at {start}, its fold began at {self.entries[0].offset}"
+        if why and self._before:
+            raise ConfigError(
+                f"rebuild: partition {partition}: {why}; to replace what the workers wrote would "
+                "lose it: left as it was"
             )
+        if why:
             self.entries = [self._newest(start)]
         refold = Refold(
             partition,
@@ -231,7 +221,7 @@ class _Partition:
             topic_id=self._topics.clicks_id,
         )
         refold.run_to(end, self.entries)
-        return refold, new_start
+        return refold, why
 
     def _newest(self, offset: int) -> InputsEntry:
         """What a worker would fold with now."""
@@ -346,13 +336,17 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="rebuild: %(message)s")
     done = rebuild(
         serving_settings(os.environ),
         streams_settings(os.environ),
         partition=options.partition,
         replace=options.replace,
     )
+    for number, why in done.new_start.items():
+        sys.stderr.write(
+            f"rebuild: partition {number}: {why}: the retained log was folded under the newest "
+            "release; this is a new start\n"
+        )
     if options.json:
         sys.stdout.write(msgspec.json.encode(done).decode() + "\n")
         return 0
@@ -360,6 +354,4 @@ def main(argv: Sequence[str]) -> int:
         f"{done.clicks} clicks, {done.users} records and {done.lists} lists in {done.partitions} "
         f"partitions, {done.clicks_per_s:.0f} clicks/s\n"
     )
-    if done.new_start:
-        sys.stdout.write(f"a new start in partitions {', '.join(map(str, done.new_start))}\n")
     return 0

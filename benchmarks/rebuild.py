@@ -1,0 +1,85 @@
+"""Clicks a second of `afterclick rebuild` beside those of the worker, on the same log in one run.
+
+`python -m benchmarks.rebuild`; the last line is one JSON object. The worker drains a backlog first
+and is timed as in bench.py; then Redis loses all but the inputs lists, rebuild is timed whole, its
+start left out (`rebuild_clicks_per_s`), and verify compares every record and list.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from afterclick.streams.local import local_worker
+from afterclick.streams.rebuild import rebuild
+from afterclick.streams.verify import verify
+from benchmarks.drain import Drain
+from benchmarks.ground import Ground, Options, backlog, fill, ground
+from benchmarks.report import machine
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Streamed and rebuilt, clicks a second."""
+    parser = argparse.ArgumentParser(prog="benchmarks.rebuild", description=main.__doc__)
+    fresh = Options()
+    for name in ("items", "units", "users", "clicks", "partitions", "seed"):
+        default = 200_000 if name == "clicks" else getattr(fresh, name)
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    options = Options(**vars(given))
+    with (
+        tempfile.TemporaryDirectory(prefix="afterclick-bench-") as folder,
+        ground(options, Path(folder)) as stage,
+    ):
+        result = _run(stage, Path(folder))
+    result["machine"] = machine("")[0]
+    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    return 1 if result["differences"] or result["lost"] else 0
+
+
+def _run(stage: Ground, folder: Path) -> dict[str, object]:
+    options = stage.options
+    fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
+    drain = Drain(
+        lambda: sum(head.next for head in stage.heads()),
+        total=options.clicks,
+        warm_up=options.warm_up,
+        limit_s=600.0,
+    )
+    with local_worker(stage.worker_env, folder):
+        streamed = drain.result()
+        _settle(stage)
+    for key in stage.redis.scan_iter(count=1000):
+        if not key.endswith((b":inputs", b":meta")):
+            stage.redis.delete(key)
+    rebuilt = rebuild(stage.serving, stage.streams)
+    checked = verify(stage.serving, stage.streams)
+    return {
+        "streamed_clicks_per_s": round(streamed.clicks_per_s, 1),
+        "rebuild_clicks_per_s": rebuilt.clicks_per_s,
+        "ratio": round(rebuilt.clicks_per_s / streamed.clicks_per_s, 2),
+        "clicks": rebuilt.clicks,
+        "users": rebuilt.users,
+        "rebuild_s": rebuilt.seconds,
+        "verify_clicks_per_s": round(checked.clicks / checked.seconds, 1),
+        "differences": checked.differences,
+        "lost": options.clicks - checked.clicks,
+        "items": options.items,
+        "units": options.units,
+        "partitions": options.partitions,
+    }
+
+
+def _settle(stage: Ground) -> None:
+    """Until no list is due: the worker's work is done then, not before."""
+    names = [stage.keys.due(p) for p in range(stage.options.partitions)]
+    while any(stage.redis.exists(name) for name in names):
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
