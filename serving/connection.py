@@ -5,6 +5,7 @@ rather fail than wait. Knows no key.
 """
 
 import re
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,9 +123,8 @@ def cluster_error(error: Exception, where: str) -> AfterclickError:
             f"{where}: it is a node of a Redis Cluster, but the layout is 'single'; set "
             "AFTERCLICK_SERVING__LAYOUT=cluster (in an application: TopK(…, layout='cluster'))"
         )
-    for cause in _causes(error):
-        if isinstance(cause, redis.AuthenticationError | redis.exceptions.NoPermissionError):
-            return ConfigError(f"{where}: {cause}; check user, password and rights")
+    if refused := refusal(error, where):
+        return refused
     if _NO_CLUSTER in str(error):
         return ConfigError(
             f"{where}: it is a single server, but the layout is 'cluster'; set "
@@ -133,6 +133,33 @@ def cluster_error(error: Exception, where: str) -> AfterclickError:
     if type(error) is RedisClusterException and error.__cause__ is None:
         return ConfigError(f"{where}: {error}")  # a database, a socket: not in a cluster
     return UnavailableError(f"{where}: the cluster does not answer: {error}")
+
+
+def refusal(error: Exception, where: str) -> ConfigError | None:
+    """What the operator must change where Redis or TLS says no; None where waiting may help.
+
+    Args:
+        error: as redis-py raised it.
+        where: the server, as messages name it.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, redis.AuthenticationError):
+            return ConfigError(
+                f"{where}: {cause}; check the user in AFTERCLICK_SERVING__REDIS and "
+                "AFTERCLICK_SERVING__REDIS_PASSWORD (in an application: TopK's URL and password)"
+            )
+        if isinstance(cause, redis.exceptions.NoPermissionError) or "NOPERM" in str(cause):
+            return ConfigError(
+                f"{where}: {cause}; give the user the rights that docs/operations.md lists"
+            )
+        of_tls = isinstance(cause, ssl.SSLError) and "CERTIFICATE" in str(cause)
+        of_file = isinstance(cause, FileNotFoundError | PermissionError) and "rediss://" in where
+        if of_tls or of_file:
+            return ConfigError(
+                f"{where}: {cause}; check ssl_ca_certs, ssl_certfile, ssl_keyfile and the host's "
+                "name in AFTERCLICK_SERVING__REDIS (in an application: in TopK's URL)"
+            )
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -29,6 +29,7 @@ from afterclick.serving.connection import (
     URL_FORM,
     cluster_client,
     cluster_error,
+    refusal,
 )
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
@@ -273,11 +274,11 @@ def _redis_errors(url: str) -> Generator[None, None, None]:
         yield
     except CLUSTER_ERRORS as error:
         raise cluster_error(error, f"Redis at {url}") from error
-    except redis.AuthenticationError as error:
-        raise ConfigError(f"Redis at {url}: {error}; check user and password") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise UnavailableError(f"Redis at {url} does not answer: {error}") from error
+        away = UnavailableError(f"Redis at {url} does not answer: {error}")
+        raise refusal(error, f"Redis at {url}") or away from error
     except redis.ResponseError as error:
-        raise ConfigError(f"Redis at {url} refuses a read: {error}") from error
+        odd = ConfigError(f"Redis at {url} refuses a read: {error}")
+        raise refusal(error, f"Redis at {url}") or odd from error
     except redis.RedisError as error:
         raise ConfigError(f"Redis at {url}: not an answer of Redis: {error}") from error

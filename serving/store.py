@@ -12,7 +12,7 @@ import msgspec
 import redis
 
 from afterclick.serving.address import safe_url
-from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect
+from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect, refusal
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.records import Head, InputsEntry, stamp_list
@@ -345,10 +345,9 @@ class Store:
             return answer
         except CLUSTER_ERRORS as error:
             raise cluster_error(error, f"redis {safe_url(self._url)}") from error
-        except redis.exceptions.AuthenticationError as error:
-            raise ConfigError(f"redis {safe_url(self._url)}: {error}") from error
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error
+            where = f"redis {safe_url(self._url)}"
+            raise refusal(error, where) or UnavailableError(f"{where}: {error}") from error
         except redis.exceptions.ReadOnlyError as error:
             raise UnavailableError(
                 f"redis {safe_url(self._url)}: it is a replica: {error}"
@@ -359,6 +358,8 @@ class Store:
         except redis.exceptions.ResponseError as error:
             if str(error).startswith(("OOM", "LOADING", "BUSY", "MASTERDOWN", "MISCONF")):
                 raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error
+            if refused := refusal(error, f"redis {safe_url(self._url)}"):
+                raise refused from error
             raise
 
 

@@ -30,6 +30,9 @@ DEAD_LETTERS_SUFFIX = ".dlq"
 
 _CONNECT_TIMEOUT_S = 2.0
 _RETRY_EVERY_S = 0.1
+_BACKOFF_MAX_MS = 500
+_HANG_UPS_MAX = 3
+"""Kafka 4 sends its answer to a wrong password late, and often hangs up before it is out."""
 _MISSING = 3
 """UNKNOWN_TOPIC_OR_PARTITION."""
 _EXISTS = 36
@@ -227,16 +230,35 @@ class _Manager(KafkaConnectionManager):  # type: ignore[misc]
     """
 
     why: Exception | None = None
+    hang_ups = 0
 
     def get_connection(self, *args: Any, **kwargs: Any) -> Any:
         if self.why is not None and _refused(self.why):
-            raise self.why  # else it would be one of many until the time is up
+            raise self.why
         connection = super().get_connection(*args, **kwargs)
+        authenticate = connection._sasl_authenticate
+
+        async def counted(*args: Any) -> None:
+            try:
+                await authenticate(*args)
+            except kafka.errors.KafkaConnectionError:
+                self.hang_ups += 1
+                if self.hang_ups >= _HANG_UPS_MAX:
+                    self._note(
+                        kafka.errors.SaslAuthenticationFailedError(
+                            f"{self.hang_ups} times the broker hung up while the password was "
+                            "checked, as it does when it is wrong"
+                        )
+                    )
+                raise
+
+        connection._sasl_authenticate = counted
         connection.init_future.add_errback(self._note)
         return connection
 
     def _note(self, error: Exception) -> None:
-        self.why = error
+        if self.why is None or not _refused(self.why):
+            self.why = error
 
 
 @contextmanager
@@ -256,6 +278,7 @@ def _admin(settings: StreamsSettings, timeout_s: float) -> Iterator[Any]:
         admin = KafkaAdminClient(
             **config | {"bootstrap_servers": [_joined(answering)]},
             bootstrap_timeout_ms=left_ms,
+            reconnect_backoff_max_ms=_BACKOFF_MAX_MS,
             kafka_client=new_client,
         )
         yield admin

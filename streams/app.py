@@ -456,8 +456,10 @@ def run_worker(
     """
     choose_provider(serving.provider)
     for library in ("kafka", "aiokafka", "mode", "faust"):
-        # Their INFO is a line per connection; at --log-level debug everything is shown.
-        quiet = logging.DEBUG if log_level.upper() == "DEBUG" else logging.WARNING
+        # Their INFO is a line per connection. Both Kafka clients' DEBUG is every request they send,
+        # the one with the password included: that is never shown.
+        loudest = logging.INFO if "kafka" in library else logging.DEBUG
+        quiet = loudest if log_level.upper() == "DEBUG" else logging.WARNING
         logging.getLogger(library).setLevel(quiet)
     wait_for_broker(streams, streams.start_timeout_s)
     topics = check_topics(streams, streams.start_timeout_s)

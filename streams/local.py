@@ -213,7 +213,11 @@ def local_kafka(
 
 @contextlib.contextmanager
 def local_worker(
-    env: Mapping[str, str], folder: Path, *, timeout_s: float = WORKER_START_TIMEOUT_S
+    env: Mapping[str, str],
+    folder: Path,
+    *,
+    timeout_s: float = WORKER_START_TIMEOUT_S,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Worker]:
     """Run `afterclick worker` and hand it out once /readyz says yes.
 
@@ -222,6 +226,7 @@ def local_worker(
             A port is chosen unless it is given.
         folder: for its output.
         timeout_s: longest wait for readiness.
+        arguments: of the verb.
 
     Raises:
         UnavailableError: it ended, or was not ready in time; shows why and its last output.
@@ -233,7 +238,7 @@ def local_worker(
     settings = {**near, **env, "AFTERCLICK_STREAMS__PORT": str(port)}
     process = Process(
         f"worker on port {port}",
-        afterclick_argv("worker"),
+        afterclick_argv("worker", *arguments),
         log=folder / f"worker-{port}.log",
         env={**inherited, **settings},
     )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 NEVER_SKIPPED_IN_CI = ("service", "kafka", "realdata", "demo", "fault")
 """What these need is there in CI, or CI must say that it is not."""
 
-SOCKETS_OF_KAFKA_PYTHON = "ignore:unclosed <socket:ResourceWarning"
+SOCKETS_OF_KAFKA_PYTHON = r"ignore:unclosed <(ssl\.SSLS|s)ocket:ResourceWarning"
 """kafka-python 3.0.12 leaves the socket of every refused connection to the garbage collector. Only
 tests that kill a Kafka see that, so only there it is forgiven.
 """
@@ -96,7 +96,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
     yield
     if item.get_closest_marker("kafka"):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "unclosed <socket", ResourceWarning)
+            warnings.filterwarnings("ignore", r"unclosed <(ssl\.SSLS|s)ocket", ResourceWarning)
             gc.collect()
 
 

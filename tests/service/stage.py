@@ -62,14 +62,7 @@ class Stage:
     @property
     def env(self) -> dict[str, str]:
         """The settings as a worker's environment."""
-        env = {}
-        for package, settings in (("SERVING", self.serving), ("STREAMS", self.streams)):
-            fresh = type(settings)()
-            for name in settings.__struct_fields__:
-                value = getattr(settings, name)
-                if value != getattr(fresh, name):
-                    env[f"AFTERCLICK_{package}__{name.upper()}"] = str(value)
-        return env
+        return environment("SERVING", self.serving) | environment("STREAMS", self.streams)
 
     @contextlib.contextmanager
     def worker(self, **settings: str) -> Iterator[Worker]:
@@ -173,6 +166,16 @@ class Stage:
             store.close()
         self._producer.close()
         self._reader.close()
+
+
+def environment(package: str, settings: msgspec.Struct) -> dict[str, str]:
+    """Settings as the environment that leads to them."""
+    fresh = type(settings)()
+    return {
+        f"AFTERCLICK_{package}__{name.upper()}": str(getattr(settings, name))
+        for name in settings.__struct_fields__
+        if getattr(settings, name) != getattr(fresh, name)
+    }
 
 
 def some_clicks(num: int, *, users: int = 40, items: int = 300, start: int = 0) -> list[Click]:
