@@ -145,8 +145,8 @@ def refusal(error: Exception, where: str) -> ConfigError | None:
     for cause in _causes(error):
         if isinstance(cause, redis.AuthenticationError):
             return ConfigError(
-                f"{where}: {cause}; check the user in AFTERCLICK_SERVING__REDIS and "
-                "AFTERCLICK_SERVING__REDIS_PASSWORD (in an application: TopK's URL and password)"
+                f"{where}: {cause}; check user and password in AFTERCLICK_SERVING__REDIS and "
+                "AFTERCLICK_SERVING__REDIS_PASSWORD (in an application: TopK's arguments)"
             )
         if isinstance(cause, redis.exceptions.NoPermissionError) or "NOPERM" in str(cause):
             return ConfigError(
