@@ -3,9 +3,12 @@
 Knows no connection. All keys of partition p share one hash slot, `{<ns>:<p>}`, so that one script
 can
 change them together; lists stand at `<ns>:top:<user>` where one server holds everything, and in the
-partition's slot on Redis Cluster. `<ns>:meta` says which, and how many partitions there are.
+partition's slot on Redis Cluster. When users move to other partitions (streams/migrate.py) an epoch
+begins, and with it other names: `{<ns>:e1:<p>}`. `<ns>:meta` says which layout and epoch, and how
+many partitions there are.
 """
 
+import re
 from typing import Literal
 
 import msgspec
@@ -20,16 +23,29 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     layout: Layout = "single"
     partitions: int = 0
     topic: str = ""
+    topic_id: str = ""
+    """Kafka's id of that topic: one created anew is another log."""
     k: int = 50
+    epoch: int = 0
+    """How often users were moved to other partitions; part of a partition's keys from 1 on."""
+    base_partitions: int = 0
+    """Partitions of the epoch before, whose records this epoch began with; 0: they are gone."""
+    base_until_ms: int = 0
+    """Unix milliseconds from which on Redis drops them."""
 
 
 class Keys:
     """Key names of one namespace."""
 
-    def __init__(self, namespace: str, *, layout: Layout = "single", partitions: int = 0) -> None:
+    def __init__(
+        self, namespace: str, *, layout: Layout = "single", partitions: int = 0, epoch: int = 0
+    ) -> None:
         self.namespace = namespace
         self.layout = layout
         self.partitions = partitions
+        self.epoch = epoch
+        # A namespace holds no colon, so none can look like another one's epoch.
+        self._slots = f"{namespace}:e{epoch}" if epoch else namespace
         self.meta = f"{namespace}:meta"
         self.unavailable = f"{{{namespace}}}:unavailable"
         self.unavailable_version = f"{{{namespace}}}:unavailable:version"
@@ -37,23 +53,31 @@ class Keys:
 
     def head(self, partition: int) -> str:
         """How far the partition's log is folded, and under which inputs."""
-        return f"{{{self.namespace}:{partition}}}:head"
+        return f"{{{self._slots}:{partition}}}:head"
 
     def inputs(self, partition: int) -> str:
         """Redis list of what else entered the partition's fold, and from which offset on."""
-        return f"{{{self.namespace}:{partition}}}:inputs"
+        return f"{{{self._slots}:{partition}}}:inputs"
 
     def due(self, partition: int) -> str:
         """Redis hash of the users whose lists were put off: record key → what it must answer."""
-        return f"{{{self.namespace}:{partition}}}:due"
+        return f"{{{self._slots}:{partition}}}:due"
 
     def user(self, partition: int, user_id: str) -> str:
         """A user's packed record."""
-        return f"{{{self.namespace}:{partition}}}:u:{user_id}"
+        return f"{{{self._slots}:{partition}}}:u:{user_id}"
 
     def users_pattern(self, partition: int) -> str:
         """Glob that finds every record of a partition."""
-        return f"{{{_glob_escape(self.namespace)}:{partition}}}:u:*"
+        return f"{{{_glob_escape(self._slots)}:{partition}}}:u:*"
+
+    def partitions_pattern(self) -> str:
+        """Glob that finds everything of every partition of this epoch, and more."""
+        return f"{{{_glob_escape(self._slots)}:*}}:*"
+
+    def partition_key(self) -> bytes:
+        """Expression that a partition's key of this epoch matches: partition, and the rest."""
+        return rb"\{%b:(\d+)\}:(.*)" % re.escape(self._slots).encode()
 
     def patterns(self, partition: int) -> list[str]:
         """Globs that find everything of a partition; `is_of` sorts out what else they find."""
@@ -71,16 +95,16 @@ class Keys:
 
     def popularity(self, partition: int, bucket: int) -> str:
         """Redis hash of one hour's click counts per item."""
-        return f"{{{self.namespace}:{partition}}}:pop:{bucket}"
+        return f"{{{self._slots}:{partition}}}:pop:{bucket}"
 
     def popularity_summary(self, partition: int) -> str:
         """A partition's most popular items, from which the fallback list is made."""
-        return f"{{{self.namespace}:{partition}}}:pop:summary"
+        return f"{{{self._slots}:{partition}}}:pop:summary"
 
     def top(self, partition: int, user_id: str) -> str:
         """A user's list."""
         if self.layout == "cluster":
-            return f"{{{self.namespace}:{partition}}}:top:{user_id}"
+            return f"{{{self._slots}:{partition}}}:top:{user_id}"
         return f"{self.namespace}:top:{user_id}"
 
     def top_of(self, user_id: str) -> str:

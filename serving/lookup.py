@@ -122,8 +122,18 @@ class Lookup:
 
     def folded_to(self, partition: int) -> Plan:
         """Plan that returns the offset up to which a partition's clicks stand in lists."""
-        value = yield ("GET", self._keys.head(partition))
-        return 0 if value is None else _decode(self._keys.head(partition), value, Head).next
+        if self._meta is None:
+            self._take_meta((yield ("GET", self._keys.meta)))
+        while True:
+            name = self._keys.head(partition)
+            value = yield ("GET", name)
+            head = None if value is None else _decode(name, value, Head)
+            if head is not None and not head.hold:
+                return head.next
+            # Not begun, or held: perhaps for ever, because another epoch began.
+            self._take_meta((yield ("GET", self._keys.meta)))
+            if self._keys.head(partition) == name:
+                return 0 if head is None else head.next
 
     def _tops_at_once(self, user_ids: Sequence[str], k: int | None) -> Plan:
         now_s = self._monotonic()
@@ -189,11 +199,13 @@ class Lookup:
         if value is not None:
             meta = _decode(self._keys.meta, value, Meta)
             self._meta = meta
-            self._keys = Keys(old.namespace, layout=meta.layout, partitions=meta.partitions)
+            self._keys = Keys(
+                old.namespace, layout=meta.layout, partitions=meta.partitions, epoch=meta.epoch
+            )
         self._meta_until_s = self._monotonic() + META_EVERY_S
         new = self._keys
         return new.layout != old.layout or (
-            new.layout == "cluster" and new.partitions != old.partitions
+            new.layout == "cluster" and (new.partitions, new.epoch) != (old.partitions, old.epoch)
         )
 
     def _take_version(self, version: bytes | None) -> Generator[Command, Any, None]:

@@ -81,6 +81,35 @@ return 'OK'
 expected.
 """
 
+SWITCH = """
+local stored = redis.call('GET', KEYS[1]) or ''
+if stored == ARGV[2] then return 1 end
+if stored ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+"""Change `<ns>:meta` if it is still what was read. ARGV: expected ('' for none), new."""
+
+CARRY = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local key, arg = 3, 1
+while KEYS[key] do
+  local keep = tonumber(ARGV[arg])
+  for at = 0, 1 do
+    local value = ARGV[arg + 1 + at]
+    if value ~= '' and keep > 0 then redis.call('SET', KEYS[key + at], value, 'PX', keep)
+    elseif value ~= '' then redis.call('SET', KEYS[key + at], value) end
+  end
+  if ARGV[arg + 3] ~= '' then redis.call('HSET', KEYS[2], KEYS[key], ARGV[arg + 3]) end
+  key, arg = key + 2, arg + 4
+end
+return 1
+"""
+"""Put users of an earlier epoch into a partition that has no head yet: nobody folds it before all
+are there. KEYS: head, due, then record and list of each user. ARGV, per user: milliseconds to keep
+(0: no end), record, list, due mark; '' leaves it out. Running twice changes nothing.
+"""
+
 UNAVAILABLE = """
 local total = tonumber(redis.call('GET', KEYS[2]) or '-1')
 if total > tonumber(ARGV[2]) then return 0 end

@@ -16,7 +16,7 @@ from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
 from afterclick.serving.records import Head, InputsEntry, stamp_list
-from afterclick.serving.scripts import CLEAR, COMMIT, RENEW, UNAVAILABLE
+from afterclick.serving.scripts import CLEAR, COMMIT, RENEW, SWITCH, UNAVAILABLE
 
 
 class Due(NamedTuple):
@@ -95,6 +95,7 @@ class Store:
         self._commit = self._redis.register_script(COMMIT)
         self._renew = self._redis.register_script(RENEW)
         self._clear = self._redis.register_script(CLEAR)
+        self._switch = self._redis.register_script(SWITCH)
         self._unavailable = self._redis.register_script(UNAVAILABLE)
 
     def close(self) -> None:
@@ -274,14 +275,19 @@ class Store:
         found: set[str] = self._call(scan)
         return found
 
-    def write_meta(self, meta: Meta) -> None:
-        """Tell readers where lists stand."""
-        self._call(lambda: self._redis.set(self.keys.meta, msgspec.json.encode(meta)))
+    def write_meta(self, expected: bytes, meta: Meta) -> bool:
+        """Tell readers where lists stand, if `stored_meta` is as expected; whether it was."""
+        args = [expected, msgspec.json.encode(meta)]
+        return bool(self._call(lambda: self._switch(keys=[self.keys.meta], args=args)))
+
+    def stored_meta(self) -> bytes:
+        """What a worker wrote for readers, empty in a fresh namespace."""
+        return self._call(lambda: self._redis.get(self.keys.meta)) or b""
 
     def read_meta(self) -> Meta | None:
-        """What a worker wrote for readers, None in a fresh namespace."""
-        data = self._call(lambda: self._redis.get(self.keys.meta))
-        return msgspec.json.decode(data, type=Meta) if data else None
+        """The same, decoded."""
+        stored = self.stored_meta()
+        return msgspec.json.decode(stored, type=Meta) if stored else None
 
     def write_summary(self, partition: int, scores: Mapping[str, int]) -> None:
         """A partition's most popular items, for the fallback list; a hint outside the fold."""

@@ -195,6 +195,17 @@ def check_topics(settings: StreamsSettings, timeout_s: float = BROKER_TIMEOUT_S)
     )
 
 
+def topic_id(settings: StreamsSettings, name: str) -> str | None:
+    """Kafka's id of any topic, None where there is none."""
+    with _admin(settings, BROKER_TIMEOUT_S) as admin:
+        (found,) = admin.describe_topics([name])
+    if found["error_code"] == _MISSING:
+        return None
+    if found["error_code"]:
+        raise _broker_refused(settings, f"describe topic {name!r}", found["error_code"])
+    return str(found["topic_id"])
+
+
 def _retention_notes(items: str, config: dict[str, str]) -> list[str]:
     limits = [
         f"{name}={config[name]}"

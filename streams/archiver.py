@@ -117,9 +117,12 @@ def _copy_inputs(archive: Archive, serving: ServingSettings, topics: TopicsInfo)
     store = open_store(serving, topics)
     num = 0
     try:
-        for partition in range(topics.clicks_partitions):
-            archive.keep_inputs(serving.namespace, partition, store.inputs(partition))
-            num += len(archive.inputs(serving.namespace, partition))
+        # Another epoch's partitions have other users, and inputs lists of their own.
+        epoch = store.keys.epoch
+        name = f"{serving.namespace}/e{epoch}" if epoch else serving.namespace
+        for partition in range(store.keys.partitions):
+            archive.keep_inputs(name, partition, store.inputs(partition))
+            num += len(archive.inputs(name, partition))
     finally:
         store.close()
     return num

@@ -1,4 +1,5 @@
-"""The verbs that talk to Kafka: worker, topics, click, replay, verify, archive, rebuild, demo, up.
+"""The verbs that talk to Kafka: worker, topics, click, replay, verify, archive, rebuild, migrate,
+demo, up.
 
 Only parses and hands over. Everything that an extra brings is imported inside the verb that needs
 it, so that this module loads in the base install and `afterclick --help` can list its verbs.
@@ -159,6 +160,13 @@ def archive(argv: Sequence[str]) -> int:
 def rebuild(argv: Sequence[str]) -> int:
     """Fill an empty Redis from topic and archive, as the workers would have left it."""
     from afterclick.streams.rebuild import main
+
+    return main(argv)
+
+
+def migrate(argv: Sequence[str]) -> int:
+    """Move users to the partitions that the clicks topic has now."""
+    from afterclick.streams.migrate import main
 
     return main(argv)
 

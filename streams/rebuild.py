@@ -90,13 +90,20 @@ def rebuild(
     """
     begun_s = time.monotonic()
     topics = check_topics(streams)
-    num = topics.clicks_partitions
-    if partition is not None and not 0 <= partition < num:
-        raise ConfigError(f"rebuild: topic {streams.clicks_topic!r} has partitions 0 to {num - 1}")
     store = open_store(serving, topics)
+    num = store.keys.partitions
     done = Rebuilt()
     reader, releases = JoinedLog(streams), Releases(serving, streams)
     try:
+        if partition is not None and not 0 <= partition < num:
+            raise ConfigError(f"rebuild: {streams.clicks_topic!r} has partitions 0 to {num - 1}")
+        if store.keys.epoch:
+            raise ConfigError(
+                f"rebuild: namespace {serving.namespace!r} is in epoch {store.keys.epoch}: its "
+                "records go on from those of an epoch before, which this log does not hold; "
+                "restore Redis from its own files, or set another AFTERCLICK_SERVING__NAMESPACE, "
+                "where the retained log is a new start"
+            )
         store.check_server()
         claim_namespace(store, serving, streams, topics)
         chosen = range(num) if partition is None else [partition]

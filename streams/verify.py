@@ -26,7 +26,7 @@ import msgspec
 import onnxruntime
 
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
-from afterclick.serving.keys import partition_of
+from afterclick.serving.keys import Keys, partition_of
 from afterclick.serving.records import (
     Head,
     InputsEntry,
@@ -37,7 +37,8 @@ from afterclick.serving.records import (
 from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.serving.store import Standing, Store
 from afterclick.streams.admin import check_topics
-from afterclick.streams.app import open_store
+from afterclick.streams.app import new_store, open_store
+from afterclick.streams.beginnings import Base, has_base
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.refold import Answer, Refold, Releases, in_force
 from afterclick.streams.settings import StreamsSettings, streams_settings
@@ -66,7 +67,9 @@ class Report(msgspec.Struct, kw_only=True):
     redacted: int = 0
     """Clicks of forgotten users that only the archive had: they were not folded again."""
     unsure: int = 0
-    """Popularity lists not compared, because redacted clicks are missing in their counts."""
+    """Users not compared: a popularity list counts redacted clicks, or a record goes on from an
+    epoch whose records are gone.
+    """
     expired: int = 0
     behind: int = 0
     """Records of the log that no worker has folded yet."""
@@ -116,15 +119,28 @@ def verify(
             "provider": serving.provider,
         }
     )
-    chosen = range(topics.clicks_partitions)
+    chosen = range(store.keys.partitions)
     if user is not None:
-        partition = partition_of(user, topics.clicks_partitions)
+        partition = partition_of(user, store.keys.partitions)
         chosen = range(partition, partition + 1)
+    old = None
     try:
+        meta = store.read_meta()
+        if meta is not None and has_base(meta):
+            keys = Keys(
+                serving.namespace,
+                layout=serving.layout,
+                partitions=meta.base_partitions,
+                epoch=meta.epoch - 1,
+            )
+            old = new_store(serving, keys, Store)
+        base = Base(old, store.keys.partitions) if old else None
         for partition in chosen:
-            check = _Check(partition, store, reader, replaying, making, streams, report)
+            check = _Check(partition, store, reader, replaying, making, streams, report, base)
             check.run(user, to)
     finally:
+        if old is not None:
+            old.close()
         reader.close()
         replaying.close()
         making.close()
@@ -156,7 +172,10 @@ class _Check:
         making: Releases,
         streams: StreamsSettings,
         report: Report,
+        base: Base | None,
     ) -> None:
+        self._base = base
+        self._before = base.entries if base else []
         self._partition = partition
         self._store = store
         self._reader = reader
@@ -182,6 +201,9 @@ class _Check:
         if head.hold:
             raise UnavailableError(f"verify: partition {partition} is held: {head.hold}")
         self._entries = self._store.inputs(partition)
+        if not self._entries and head.last_offset < 0:
+            report.behind += end - head.next  # an epoch began, and nobody has clicked yet
+            return
         if not self._entries:
             report.differ(
                 f"partition {partition}: there is a head at {head.next} and no inputs list"
@@ -201,6 +223,10 @@ class _Check:
         replay = Refold(
             partition, self._entries, self._replaying, self._reader, self._topic, only=alone
         )
+        if self._base is not None:
+            first = self._entries[0]
+            last_ms = self._base.seed(replay.replica, partition, first, self._store)
+            replay.last_seen_ms.update(last_ms)
         stop = head.next if to is None else min(to, head.next)
         replay.run_to(stop, self._entries)
         report.behind += max(0, end - head.next)
@@ -252,6 +278,9 @@ class _Check:
         report, answer = self._report, replay.answer(user)
         record = found.record or b""
         body = without_stamp(found.list_data) if found.list_data else b""
+        if self._unknown(record, answer):
+            report.unsure += 1
+            return
         if answer is None:
             if record or body or found.due:
                 self._differ(user, "Redis has a record or a list, the replay has none")
@@ -261,7 +290,10 @@ class _Check:
             return
         report.records += bool(answer.record)
         report.lists += 1
-        at = in_force(self._entries, answer.offset)
+        entries = [*self._before, *self._entries]
+        # A list of the epoch before may name any inputs of that epoch.
+        carried = answer.offset < 0
+        at = 0 if carried else len(self._before) + in_force(self._entries, answer.offset)
         if found.due is not None:
             report.put_off += 1
             if found.due[:2] != answer[1:]:
@@ -273,7 +305,7 @@ class _Check:
             self._differ(user, "list: Redis has none, the replay has one")
             return
         top = msgspec.json.decode(body, type=TopList)
-        if top.publication == self._entries[at].publication == 0:
+        if top.publication == entries[at].publication == 0:
             # Without a release a list is made inside the fold, from the popularity of that moment.
             self._compare_records(user, record, answer.record)
             if self._redacted:
@@ -284,20 +316,27 @@ class _Check:
         named = (top.publication, top.items_offset)
         under = [
             place
-            for place, entry in enumerate(self._entries[at:], at)
+            for place, entry in enumerate(entries[at:], at)
             if (entry.publication, entry.items) == named
         ]
         if not under:
             self._differ(
                 user,
                 f"list: names publication {named[0]} with items offset {named[1]}, which the "
-                f"inputs do not from offset {self._entries[at].offset} on",
+                f"inputs do not from offset {entries[at].offset} on",
             )
             return
-        report.renewed += under[0] > at
+        report.renewed += under[0] > at and under[0] >= len(self._before)
         self._pending.setdefault(under[0], []).append(
             _Pending(user, record, body, answer, under[1:])
         )
+
+    def _unknown(self, record: bytes, answer: Answer | None) -> bool:
+        """Whether a record has clicks of an epoch whose records are gone."""
+        if self._base is not None or not self._store.keys.epoch or not record:
+            return False
+        expected = decode_record(answer.record).clicks if answer and answer.record else 0
+        return decode_record(record).clicks > expected
 
     def _flush(self) -> None:
         """Compare what waits, entry after entry, so that releases and items only go forward."""
@@ -305,7 +344,8 @@ class _Check:
             place = min(self._pending)
             waiting = self._pending.pop(place)
             answers = {one.user: one.answer for one in waiting}
-            made = self._making.make(self._entries[place], self._partition, answers)
+            entry = [*self._before, *self._entries][place]
+            made = self._making.make(entry, self._partition, answers)
             for one in waiting:
                 expected = made[one.user]
                 if one.list_body != expected.list_body and one.under:
@@ -422,7 +462,7 @@ def _words(report: Report) -> str:
         (report.put_off, "lists are due: a worker makes them when it has time"),
         (report.skipped, "users were touched later and not compared"),
         (report.redacted, "clicks of forgotten users are redacted in the archive"),
-        (report.unsure, "popularity lists not compared, because redacted clicks miss in them"),
+        (report.unsure, "users not compared: redacted clicks, or the epoch before, are missing"),
         (report.expired, "users have expired in Redis"),
     ):
         if num:

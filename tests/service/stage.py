@@ -81,6 +81,13 @@ class Stage:
         self.releases.add(folder)
         return self.releases.publish(release)
 
+    def reconnect(self) -> None:
+        """Learn of new partitions now; clients ask again after `metadata.max.age.ms` only."""
+        self._producer.close()
+        self._reader.close()
+        self._producer = KafkaProducer(**client_config(self.streams), acks="all")
+        self._reader = LogReader(self.streams)
+
     def send(self, events: Iterable[Click | Item]) -> None:
         """Produce events and wait until the broker has them."""
         for event in events:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from afterclick.serving.errors import ConfigError
 from afterclick.streams.admin import create_topics
 from afterclick.streams.local import (
     afterclick_argv,
@@ -179,21 +180,10 @@ def test_a_re_created_topic_is_refused_by_name(tmp_path: Path, redis_url: str) -
                 with stage.worker():
                     stage.wait_folded()
             else:
-                port = free_port()
-                process = subprocess.Popen(
-                    afterclick_argv("worker"),
-                    env={
-                        **stage.env,
-                        "PATH": "/usr/bin:/bin",
-                        "AFTERCLICK_STREAMS__PORT": str(port),
-                    },
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-                try:
-                    stage.wait(lambda at=port: "created anew" in readiness(at)[1], "refusal")
-                    assert stage.heads() == {0: 10}
-                finally:
-                    process.kill()
-                    process.wait()
+                code, output = run_worker(stage.env)
+                assert code == 2
+                assert "created anew" in output
+                assert "afterclick migrate" in output
+                with pytest.raises(ConfigError, match="created anew"):
+                    stage.heads()
             stage.close()

@@ -1,12 +1,13 @@
 """The reader's plans, driven by hand: which commands they ask for and when."""
 
+import re
 from typing import Any
 
 import msgspec
 import pytest
 
-from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.keys import Meta, partition_of
+from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
+from afterclick.serving.keys import Keys, Meta, partition_of
 from afterclick.serving.lookup import Lookup, Plan
 from afterclick.serving.records import Head, TopList
 
@@ -286,3 +287,95 @@ def test_folded_to_is_the_next_offset_of_the_head(lookup: Lookup, redis: Redis) 
     redis.values["{t:3}:head"] = msgspec.json.encode(Head(next=42))
 
     assert redis.answer(lookup.folded_to(3)) == 42
+
+
+class Node(Redis):
+    """Redis, of which some keys stand on a node that does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away: set[str] = set()
+
+    def answer(self, plan: Plan) -> Any:
+        reply: Any = None
+        command = plan.send(None)
+        try:
+            while True:
+                self.asked.append(command)
+                if self.away & set(command[1:]):
+                    command = plan.throw(UnavailableError("a node is away"))
+                    continue
+                if command[0] == "SMEMBERS":
+                    reply = self.members
+                elif command[0] == "GET":
+                    reply = self.values.get(command[1])
+                else:
+                    reply = [self.values.get(key) for key in command[1:]]
+                command = plan.send(reply)
+        except StopIteration as done:
+            return done.value
+
+
+def meta(**fields: Any) -> bytes:
+    return msgspec.json.encode(Meta(**{"layout": "cluster", "partitions": 4, **fields}))
+
+
+def test_on_a_cluster_what_was_read_serves_while_its_node_is_away(clock: Clock) -> None:
+    """One master of three holds the unavailable set: its death must not stop the other two."""
+    keys, redis = Keys("t", layout="cluster", partitions=4), Node()
+    lookup = Lookup("t", clock, lambda: clock.now_s, "cluster")
+    redis.away = {"t:meta"}
+    with pytest.raises(UnavailableError):
+        redis.answer(lookup.tops(["u"], None))  # nothing is known yet
+    redis.away = set()
+    redis.values = {
+        "t:meta": meta(),
+        keys.top_of("u"): a_list("gone", "a"),
+        keys.unavailable_version: b"1",
+    }
+    redis.members = {b"gone"}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+    clock.now_s += 1000
+    redis.away = {"t:meta", keys.unavailable_version}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+    asked = len(redis.asked)
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["a"]
+    assert len(redis.asked) == asked + 1, "a node that is away is left alone for a while"
+
+
+def test_a_moved_epoch_is_seen_where_the_old_one_is_held(lookup: Lookup, redis: Redis) -> None:
+    """Who waits for a click's list must not wait on a head that never moves again."""
+    old, new = Keys("t", partitions=4), Keys("t", partitions=4, epoch=1)
+    redis.values = {
+        "t:meta": meta(layout="single"),
+        old.head(3): msgspec.json.encode(Head(next=42)),
+    }
+    assert redis.answer(lookup.folded_to(3)) == 42
+    redis.values[old.head(3)] = msgspec.json.encode(Head(next=42, hold="moved to epoch 1"))
+    assert redis.answer(lookup.folded_to(3)) == 42, "held, and not moved yet"
+    redis.values["t:meta"] = meta(layout="single", epoch=1)
+    redis.values[new.head(3)] = msgspec.json.encode(Head(next=7))
+    assert redis.answer(lookup.folded_to(3)) == 7
+
+
+def test_a_moved_epoch_is_seen_where_a_list_is_missing(clock: Clock) -> None:
+    """On a cluster lists have other keys in the new epoch."""
+    old = Keys("t", layout="cluster", partitions=4)
+    new = Keys("t", layout="cluster", partitions=8, epoch=1)
+    redis, lookup = Node(), Lookup("t", clock, lambda: clock.now_s, "cluster")
+    redis.values = {"t:meta": meta(), old.top_of("u"): a_list("old")}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["old"]
+    redis.values = {"t:meta": meta(partitions=8, epoch=1), new.top_of("u"): a_list("new")}
+    assert redis.answer(lookup.tops(["u"], None))[0].items == ["new"]
+
+
+def test_an_epochs_keys_are_nobody_elses() -> None:
+    """A namespace may end in anything that looks like an epoch; it holds no colon."""
+    one, other = Keys("t", epoch=1), Keys("t.e1")
+    assert one.head(0) != other.head(0)
+    assert Keys("t").head(0) == "{t:0}:head"
+    assert one.head(0) == "{t:e1:0}:head"
+    assert re.fullmatch(Keys("t").partition_key(), one.head(0).encode()) is None
+    found = re.fullmatch(one.partition_key(), one.user(12, "a}:u:b").encode(), re.DOTALL)
+    assert found is not None
+    assert found.groups() == (b"12", b"u:a}:u:b")
