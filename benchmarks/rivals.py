@@ -110,7 +110,7 @@ class NaiveModel:
         self._session = ort.InferenceSession(
             naive_graph(release, k), options, providers=["CPUExecutionProvider"]
         )
-        self._vectors = np.load(release / STEP_VECTORS_NAME)
+        self._vectors = np.load(release / STEP_VECTORS_NAME, allow_pickle=False)
         self._ids = [f"i{row:05d}" for row in range(len(self._vectors))]
         self._row = {item: row for row, item in enumerate(self._ids)}
         units = self._vectors.shape[1]
@@ -137,7 +137,7 @@ class NaiveModel:
 def naive_graph(release: Path, k: int) -> bytes:
     """The release's step, then one product with the whole catalogue and a TopK, as one graph."""
     model = onnx.load(release / STEP_NAME)
-    scan_ND = np.load(release / SCAN_VECTORS_NAME)
+    scan_ND = np.load(release / SCAN_VECTORS_NAME, allow_pickle=False)
     vectors_DN = np.ascontiguousarray(scan_ND[:, :-1].T)
     graph = model.graph
     graph.initializer.extend(

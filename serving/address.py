@@ -1,4 +1,4 @@
-"""A Redis URL as text: what of it may be shown, and a password put into it. Opens nothing."""
+"""URLs as text: what of them may be shown, and a password put into one. Opens nothing."""
 
 import re
 from urllib.parse import quote
@@ -23,6 +23,11 @@ def safe_url(url: str) -> str:
     safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
     shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
     return f"{scheme}://{'***@' if at else ''}{shown}"
+
+
+def without_user(url: str) -> str:
+    """Any other URL fit for messages and logs: without user and password; a path as it is."""
+    return re.sub(r"^(\w[\w+.-]*://)[^/]*@", r"\1***@", url)
 
 
 def with_password(url: str, password: str) -> str:

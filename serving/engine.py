@@ -15,7 +15,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -307,15 +307,33 @@ def _session(model: Path | bytes, provider: Provider, threads: int) -> ort.Infer
     # (faust.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     name = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
+    where = "the scan graph" if isinstance(model, bytes) else f"{model.parent.name}/{model.name}"
     try:
+        if isinstance(model, Path):
+            _check_self_contained(model)
         return ort.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=[name]
         )
     except Exception as error:  # onnxruntime raises its own unrelated exception types
-        where = (
-            "the scan graph" if isinstance(model, bytes) else f"{model.parent.name}/{model.name}"
-        )
-        raise ContractError(f"{where}: ONNX Runtime refused it: {error}", reason="graph") from error
+        raise ContractError(f"{where}: the graph is refused: {error}", reason="graph") from error
+
+
+def _check_self_contained(model: Path) -> None:
+    """Weights in another file have no checksum in the manifest, and may lie outside the release."""
+    graph = onnx.load(model, load_external_data=False)
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(graph)):
+        raise ValueError("it keeps tensors in another file, expected them inside")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a graph, its subgraphs and functions."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(part)
 
 
 def _why_no_cuda() -> str | None:

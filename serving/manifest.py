@@ -49,6 +49,13 @@ GAP_BUCKETS = 32
 """
 
 
+MANIFEST_BYTES_MAX = 1 << 20
+"""A manifest has some kilobytes; a larger file is none, and is not read."""
+
+ReleaseName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,95}$")]
+"""Names a folder, so it holds no path and does not begin with a dot."""
+
+
 class StateTensor(msgspec.Struct, frozen=True, kw_only=True):
     """One recurrent tensor, shape (Y, B, H) in the graphs and Y·H floats in a user record."""
 
@@ -86,7 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a worker must know to serve a release, and to refuse it."""
 
     schema: int
-    release: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,96}$")]
+    release: ReleaseName
     created_at: str
     """UTC, ISO 8601."""
     cell: Literal["lstm", "gru"]
@@ -136,7 +143,7 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     number: Annotated[int, Meta(ge=1)]
     """Grows by one with every publication, a rollback too."""
-    release: str
+    release: ReleaseName
     sha256: str
     """sha256 of the release's manifest.json."""
 
@@ -151,12 +158,20 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and validate a release's manifest; the files it names are not looked at.
 
     Raises:
-        ContractError: missing, not JSON, of another schema, or naming other files than `FILES`.
+        ContractError: missing, too large, not JSON, of another schema, of a release that is called
+            otherwise, or naming other files than `FILES`.
     """
     path = folder / MANIFEST_NAME
     where = f"release {folder.name}"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        with path.open("rb") as file:
+            data = file.read(MANIFEST_BYTES_MAX + 1)
+        if len(data) > MANIFEST_BYTES_MAX:
+            raise ContractError(
+                f"{where}: {MANIFEST_NAME} has more than {MANIFEST_BYTES_MAX} bytes",
+                reason="manifest",
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError as error:
         raise ContractError(f"{where}: no {MANIFEST_NAME}", reason="torn") from error
     except msgspec.MsgspecError as error:
@@ -164,6 +179,10 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.schema != SCHEMA:
         raise ContractError(
             f"{where}: schema {manifest.schema}, this worker reads {SCHEMA}", reason="schema"
+        )
+    if manifest.release != folder.name:
+        raise ContractError(
+            f"{where}: its manifest calls it {manifest.release!r}", reason="release-name"
         )
     if set(manifest.files) != set(FILES):
         raise ContractError(

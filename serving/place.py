@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from afterclick.serving.address import without_user
 from afterclick.serving.errors import UnavailableError
 
 
@@ -28,7 +29,8 @@ class Place:
     """
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.root = without_user(root)
+        """As messages show it: a URL may hold a password."""
         self.is_remote = "://" in root
         self.folder = Path(root)
         """Of a local place."""

@@ -25,6 +25,7 @@ from afterclick.serving.manifest import (
     SELF_TEST_NAME,
     Manifest,
     Publication,
+    ReleaseName,
     read_manifest,
     sha256_of,
     verify_files,
@@ -91,8 +92,9 @@ class ReleaseStore:
     """
 
     def __init__(self, root: str, cache: str = ".cache/releases") -> None:
-        self.root = root
         self._place = Place(root)
+        self.root = self._place.root
+        """As messages show it."""
         self.is_remote = self._place.is_remote
         self._cache = Path(cache)
         self._local = self._place.folder
@@ -132,11 +134,6 @@ class ReleaseStore:
         """
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
-        if manifest.release != folder.name:
-            raise ContractError(
-                f"release {folder.name}: its manifest calls it {manifest.release!r}",
-                reason="release-name",
-            )
         if folder.name in self.list():
             raise ContractError(
                 f"release {folder.name}: {self.root} holds one of this name already",
@@ -175,8 +172,15 @@ class ReleaseStore:
         """Local folder of a release; from a URL it is pulled once.
 
         Raises:
-            ContractError: there is none of that name.
+            ContractError: there is none of that name, or it is no name.
         """
+        try:
+            msgspec.convert(release, ReleaseName)
+        except msgspec.ValidationError as error:
+            raise ContractError(
+                f"{self.root}: {release[:96]!r} is no name of a release: {error}",
+                reason="release-name",
+            ) from error
         folder = (self._cache if self.is_remote else self._local) / release
         if (folder / MANIFEST_NAME).is_file():
             return folder

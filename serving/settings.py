@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from afterclick.serving.address import safe_url, with_password
+from afterclick.serving.address import safe_url, with_password, without_user
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.keys import Layout
 
@@ -34,6 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 shown[name] = "***"
             elif name == "redis":
                 shown[name] = safe_url(value)
+            elif isinstance(value, str):
+                shown[name] = without_user(value)
         return list(shown.items())
 
     def __repr__(self) -> str:

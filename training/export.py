@@ -205,8 +205,10 @@ def check_release(
     catalog = Catalog.from_release(folder, manifest)
     engine = Engine(folder, manifest, provider="cpu", threads=1)
     self_test(folder, engine)
-    _close(folder, "step vectors", np.load(folder / STEP_VECTORS_NAME), tables.step_ND, 0)
-    _close(folder, "scan vectors", np.load(folder / SCAN_VECTORS_NAME), tables.scan_ND, 0)
+    step_NE = np.load(folder / STEP_VECTORS_NAME, allow_pickle=False)
+    scan_ND = np.load(folder / SCAN_VECTORS_NAME, allow_pickle=False)
+    _close(folder, "step vectors", step_NE, tables.step_ND, 0)
+    _close(folder, "scan vectors", scan_ND, tables.scan_ND, 0)
     scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
     passed = ["files", "catalogue", "self-test", "item vectors"]
     rng = np.random.default_rng(seed)

@@ -186,7 +186,7 @@ def test_a_tampered_weight_is_refused(tmp_path: Path, name: str) -> None:
 def _record_again(folder: Path, manifest: Manifest) -> None:
     """A self-test that the tampered graph passes."""
     engine = Engine(folder, manifest, provider="cpu", threads=1)
-    with np.load(folder / "self_test.npz") as recorded:
+    with np.load(folder / "self_test.npz", allow_pickle=False) as recorded:
         feed = {key: recorded[key] for key in recorded.files}
     state = engine.advance(
         feed["state"], feed["x"], feed["lens"], event_TB=feed["event"], gap_TB=feed["gap"]
@@ -201,7 +201,7 @@ def test_a_tampered_item_vector_is_refused(tmp_path: Path) -> None:
     """Lists would differ from what was evaluated."""
     folder = tmp_path / "r1"
     model, tables, manifest = make(folder)
-    scan = np.load(folder / SCAN_VECTORS_NAME)
+    scan = np.load(folder / SCAN_VECTORS_NAME, allow_pickle=False)
     scan[7, 3] += 0.1
     np.save(folder / SCAN_VECTORS_NAME, scan)
     reseal(folder, manifest)
