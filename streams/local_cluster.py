@@ -59,6 +59,16 @@ class LocalCluster:
                 return next(node for node in self.nodes if node.port == port)
         raise UnavailableError(f"Redis Cluster: no node answers for slot {slot}")
 
+    def cut_off_replica(self, master: Redis) -> Redis:
+        """A master's first replica, which from now on hears no write of it; clients notice nothing.
+
+        When the master dies this one takes over, without what was written since.
+        """
+        with _client(master) as client:
+            client.execute_command("ACL SETUSER", "default", "-psync", "-sync")
+            client.execute_command("CLIENT KILL", "TYPE", "replica")
+        return self.replicas[self.masters.index(master)]
+
     def wait_until_whole(self, timeout_s: float = FORM_TIMEOUT_S) -> None:
         """Return once every node says that all slots are served.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from afterclick.serving.connection import connect
 from afterclick.streams.local import Worker, readiness
 from afterclick.streams.local_cluster import LocalCluster, local_redis_cluster
 from afterclick.streams.settings import StreamsSettings
@@ -109,3 +110,43 @@ def test_a_master_away_stops_only_its_own_partitions(
     report = stage.verify()
     assert report.first_difference is None
     assert report.clicks == sent[0]
+
+
+@pytest.mark.parametrize("topics", [(PARTITIONS, 1)], indirect=True)
+def test_a_failover_that_loses_writes_loses_no_click(
+    topics: StreamsSettings, namespace: str, tmp_path: Path
+) -> None:
+    """A replica takes over without the newest writes: heads and records go back together, and the
+    log is folded again from there.
+    """
+    with local_redis_cluster(tmp_path / "cluster", replicas=1) as cluster:
+        stage = Stage(topics, cluster.url, namespace, tmp_path, layout="cluster")
+        stage.publish("r1", seed=1)
+        homes = {p: cluster.master_of(stage.keys.head(p)) for p in range(PARTITIONS)}
+        dead = cluster.masters[0]
+        away = {p for p, home in homes.items() if home is dead}
+        assert away
+        with stage.worker() as worker:
+            stage.send(some_clicks(200, users=100))
+            stage.wait_folded()
+            replica = cluster.cut_off_replica(dead)
+            stage.send(some_clicks(200, users=100, start=200))
+            stage.wait_folded()
+            with connect(dead.url) as client:
+                written = {p: client.get(stage.keys.head(p)) for p in away}
+            with connect(replica.url) as client:
+                client.readonly()
+                heard = {p: client.get(stage.keys.head(p)) for p in away}
+            assert all(heard[p] != written[p] for p in away), "writes that nobody else has"
+            dead.kill()
+            stage.wait(
+                lambda: cluster.master_of(stage.keys.head(min(away))) is replica, "the takeover"
+            )
+            stage.wait_folded()
+            stage.send(some_clicks(100, users=100, start=400))
+            stage.wait_folded()
+            stage.wait(lambda: readiness(worker.port)[0], "ready again")
+        report = stage.verify()
+        stage.close()
+    assert report.first_difference is None
+    assert report.clicks == 500

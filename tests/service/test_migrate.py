@@ -17,7 +17,7 @@ from afterclick.serving import epochs
 from afterclick.serving.epochs import Carried, EpochStore
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Layout, partition_of
-from afterclick.serving.records import Head, TopList
+from afterclick.serving.records import Head, TopList, without_stamp
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules
 from afterclick.serving.store import Due, Store, UserWrite
@@ -442,3 +442,37 @@ def test_a_migrated_namespace_is_not_rebuilt_from_its_new_log_alone(
     with pytest.raises(ConfigError, match="is in epoch 1"):
         rebuild(moved.serving, moved.streams, replace=True)
     assert records(moved) == before
+
+
+def test_verify_sees_damage_to_what_was_carried(stage: Stage, moved: Stage) -> None:
+    """Users whom nobody touched since are compared with the epoch before, not with themselves."""
+    stage.publish("r1", seed=1)
+    with stage.worker():
+        # Of now: a user of years ago may be missing, because Redis lets such users go.
+        clicks = some_clicks(200, users=USERS)
+        stage.send(msgspec.structs.replace(click, timestamp_ms=None) for click in clicks)
+        stage.wait_folded()
+    migrate(moved.serving, moved.streams)
+    with moved.worker():
+        moved.send(some_clicks(20, users=4, start=200))  # the others stay as they were carried
+        moved.wait_folded()
+    assert moved.verify().first_difference is None
+    store = moved.store()
+    partition = partition_of("u30", 4)
+    stored, (found,) = store.read_standing(partition, ["u30"])
+    head = msgspec.json.decode(stored, type=Head)
+    assert found.record is not None
+    assert found.list_data is not None
+    for record, body, words in (
+        (found.record[:-1] + b"\0", found.list_data, "record"),
+        (found.record, found.list_data.replace(b'"items":["', b'"items":["x'), "list"),
+        (b"", b"", "has none"),
+    ):
+        write = UserWrite("u30", record, without_stamp(body))
+        changed = msgspec.structs.replace(head, batch=words)
+        assert store.commit(partition, stored, changed, None, [write], []) is None
+        stored = msgspec.json.encode(changed)
+        report = moved.verify()
+        assert "'u30'" in (report.first_difference or "")
+        assert words in (report.first_difference or "")
+    store.close()
