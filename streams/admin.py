@@ -31,6 +31,9 @@ DEAD_LETTERS_SUFFIX = ".dlq"
 _CONNECT_TIMEOUT_S = 2.0
 _RETRY_EVERY_S = 0.1
 _BACKOFF_MAX_MS = 500
+"""Longest pause between two tries to connect. kafka-python's own grows to 30 s: after an outage of
+45 s a broker that was back went unseen for 25 s more, and with it every partition to be opened.
+"""
 _HANG_UPS_MAX = 3
 """Kafka 4 sends its answer to a wrong password late, and often hangs up before it is out."""
 _MISSING = 3
@@ -87,6 +90,7 @@ def client_config(settings: StreamsSettings) -> dict[str, Any]:
     return {
         "bootstrap_servers": [_joined(address) for address in _addresses(settings)],
         "client_id": "afterclick",
+        "reconnect_backoff_max_ms": _BACKOFF_MAX_MS,
         **kafka_arguments(settings),
     }
 
@@ -289,7 +293,6 @@ def _admin(settings: StreamsSettings, timeout_s: float) -> Iterator[Any]:
         admin = KafkaAdminClient(
             **config | {"bootstrap_servers": [_joined(answering)]},
             bootstrap_timeout_ms=left_ms,
-            reconnect_backoff_max_ms=_BACKOFF_MAX_MS,
             kafka_client=new_client,
         )
         yield admin

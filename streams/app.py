@@ -43,6 +43,7 @@ from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import DeadLetter, Limits, LogEdges, PartitionFold, record_crc
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.renewal import Basis, Renewal
+from afterclick.streams.repeats import keep_back_repeats
 from afterclick.streams.runtime import Runtime, UnavailableChange
 from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
@@ -469,6 +470,8 @@ def run_worker(
         loudest = logging.INFO if "kafka" in library else logging.DEBUG
         quiet = loudest if log_level.upper() == "DEBUG" else logging.WARNING
         logging.getLogger(library).setLevel(quiet)
+    if log_level.upper() != "DEBUG":
+        keep_back_repeats(("kafka", "aiokafka"))
     wait_for_broker(streams, streams.start_timeout_s)
     topics = check_topics(streams, streams.start_timeout_s)
     for note in topics.notes:

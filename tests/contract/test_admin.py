@@ -168,3 +168,11 @@ def test_addresses_of_all_forms_are_understood() -> None:
         "[::1]:5",
         "[::1]:9092",
     ]
+
+
+def test_a_broker_that_comes_back_is_seen_again_within_seconds(settings: StreamsSettings) -> None:
+    """kafka-python pauses up to 30 s between two tries: a partition taken over after an outage
+    would wait for it.
+    """
+    with closing(KafkaAdminClient(**client_config(settings))) as admin:
+        assert admin.config["reconnect_backoff_max_ms"] <= 2000

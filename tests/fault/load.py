@@ -62,7 +62,6 @@ class Load:
             delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
             request_timeout_ms=5000,
             max_block_ms=DELIVERY_TIMEOUT_MS,
-            reconnect_backoff_max_ms=500,
         )
 
     def __enter__(self) -> Self:
