@@ -21,6 +21,8 @@ from afterclick.streams.settings import StreamsSettings
 ACK_TIMEOUT_S = 30.0
 VALUE_BYTES_MAX = 64 << 20
 """Largest value that is sent on; the broker's own limit is usually far below."""
+KEY_BYTES_MAX = 4096
+"""A longer key is left out of a letter that was too large: 512 characters are at most 2 KiB."""
 
 
 class DeadLetters:
@@ -42,15 +44,12 @@ class DeadLetters:
             UnavailableError: the broker did not take them; nothing may be committed past them.
         """
         try:
-            pending = [
-                self._post(topic, partition, letter, letter.record.value) for letter in letters
-            ]
+            pending = [self._post(topic, partition, letter) for letter in letters]
             for letter, future in zip(letters, pending, strict=True):
                 try:
                     future.get(timeout=ACK_TIMEOUT_S)
                 except MessageSizeTooLargeError:
-                    # The broker takes no value of this size here: name the original instead.
-                    self._post(topic, partition, letter, None).get(timeout=ACK_TIMEOUT_S)
+                    self._post(topic, partition, letter, whole=False).get(timeout=ACK_TIMEOUT_S)
         except KafkaError as error:
             raise UnavailableError(
                 f"Kafka at {self._settings.broker}: dead letters of {topic}/{partition}: {error!r}"
@@ -61,33 +60,42 @@ class DeadLetters:
         if self._producer is not None:
             self._producer.close(timeout=5)
 
-    def _post(self, topic: str, partition: int, letter: DeadLetter, value: bytes | None) -> Any:
+    def _post(self, topic: str, partition: int, letter: DeadLetter, *, whole: bool = True) -> Any:
+        """Send a letter; one that is not `whole` fits any broker, and names what it leaves out."""
         if self._producer is None:
             self._producer = KafkaProducer(
                 **client_config(self._settings),
                 acks="all",
+                # One letter that the broker refuses would fail every later one of this producer;
+                # a letter written twice is allowed for.
+                enable_idempotence=False,
                 max_request_size=VALUE_BYTES_MAX,
                 compression_type=None,
             )
-        record = letter.record
+        key, value = letter.record.key, letter.record.value
         headers = [
-            *record.headers,
             ("afterclick.reason", letter.reason.encode()),
             ("afterclick.message", letter.message.encode()),
             ("afterclick.topic", topic.encode()),
             ("afterclick.partition", str(partition).encode()),
-            ("afterclick.offset", str(record.offset).encode()),
+            ("afterclick.offset", str(letter.record.offset).encode()),
             ("afterclick.stage", b"decode"),
         ]
-        if value is None and record.value is not None:
-            digest = hashlib.sha256(record.value).hexdigest()
-            headers.append(("afterclick.omitted_bytes", str(len(record.value)).encode()))
+        if whole:
+            headers = [*letter.record.headers, *headers]
+        else:
+            digest = hashlib.sha256(value or b"").hexdigest()
+            headers.append(("afterclick.omitted_bytes", str(len(value or b"")).encode()))
             headers.append(("afterclick.omitted_sha256", digest.encode()))
+            value = None
+            key = key if key is None or len(key) <= KEY_BYTES_MAX else None
+        if key is None and value is None:
+            value = b""  # kafka-python sends no record without both
         try:
             return self._producer.send(
-                dead_letters_topic(topic), key=record.key, value=value, headers=headers
+                dead_letters_topic(topic), key=key, value=value, headers=headers
             )
         except MessageSizeTooLargeError:
-            if value is None:
+            if not whole:
                 raise
-            return self._post(topic, partition, letter, None)
+            return self._post(topic, partition, letter, whole=False)
