@@ -9,6 +9,7 @@ many partitions there are.
 """
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -114,6 +115,7 @@ class Keys:
         return self.top(0, user_id)
 
 
+@lru_cache(maxsize=1 << 16)
 def partition_of(user_id: str, num_partitions: int) -> int:
     """Partition that Kafka's default partitioner gives a key.
 

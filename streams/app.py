@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -28,7 +29,7 @@ from faust.types import TP
 
 from afterclick.serving.engine import choose_provider
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
-from afterclick.serving.keys import Keys, Meta
+from afterclick.serving.keys import Keys, Meta, partition_of
 from afterclick.serving.records import TopList, encode_list
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
@@ -36,6 +37,7 @@ from afterclick.streams.admin import TopicsInfo, check_topics, wait_for_broker
 from afterclick.streams.assignment import HeldPartition, Shared, State
 from afterclick.streams.chunks import ChunkConsumer, ChunkSchema, ChunkTransport
 from afterclick.streams.deadletters import DeadLetters
+from afterclick.streams.events import FoldEvent
 from afterclick.streams.fold import Folded, fold
 from afterclick.streams.health import HealthServer
 from afterclick.streams.log import LogReader
@@ -82,6 +84,8 @@ class Worker:
         store.observe_s = self.metrics.redis_seconds.observe
         self.held: dict[int, HeldPartition] = {}
         self.dead_letters = DeadLetters(streams)
+        self._astray: set[int] = set()
+        """Partitions of which it was said that clicks belong elsewhere."""
         self.runtime = Runtime(
             serving,
             streams,
@@ -330,9 +334,25 @@ class Worker:
             time.monotonic(),
         )
 
-    def _timed_fold(self, *args: Any, **kwargs: Any) -> Folded:
+    def _timed_fold(
+        self, events: list[FoldEvent], *args: Any, partition: int, **rest: Any
+    ) -> Folded:
+        num, users = self.store.keys.partitions, Counter(event.user_id for event in events)
+        astray = {user: n for user, n in users.items() if partition_of(user, num) != partition}
+        if astray:
+            self.metrics.misplaced.inc(sum(astray.values()))
+        if astray and partition not in self._astray:
+            self._astray.add(partition)  # once: a wrong partitioner is in every chunk
+            log.warning(
+                "partition %d: clicks of %d users, %r among them, belong to other partitions: a "
+                "producer has another partitioner than Kafka's default, or an old partition count; "
+                "readers and other clicks of these users do not meet them here",
+                partition,
+                len(astray),
+                next(iter(astray)),
+            )
         with self.metrics.engine_seconds.time():
-            return fold(*args, **kwargs)
+            return fold(events, *args, partition=partition, **rest)
 
     def _batches_of(self) -> Any:
         name = uuid.uuid4().hex[:12]

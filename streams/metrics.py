@@ -45,6 +45,10 @@ class Metrics:
         self.unknown_items = counter(
             "unknown_items_total", "Clicks on items that the catalogue does not know."
         )
+        self.misplaced = counter(
+            "misplaced_clicks_total",
+            "Clicks of users whose partition is another: their producer partitions otherwise.",
+        )
         self.forgotten = counter("forgotten_total", "Users emptied by a forget event.")
         self.steps = counter("steps_total", "Model steps of clicks.")
         self.rebuilt_records = counter(

@@ -5,9 +5,10 @@ import urllib.request
 
 import pytest
 
+from afterclick.serving.keys import partition_of
 from afterclick.serving.reader import TopK
 from afterclick.serving.records import decode_record
-from afterclick.streams.events import Click, Item
+from afterclick.streams.events import Click, Item, encode
 from afterclick.streams.local import readiness
 from tests.service.stage import Stage, some_clicks
 
@@ -176,3 +177,17 @@ def test_forget_empties_the_record_and_the_list(stage: Stage) -> None:
     with TopK(stage.serving.redis, namespace=stage.serving.namespace) as top_k:
         assert top_k.get("u1").source in ("fallback", "none")
     assert stage.verify().first_difference is None
+
+
+def test_clicks_in_the_wrong_partition_are_counted(stage: Stage) -> None:
+    """librdkafka's default partitioner, or a producer that knows an old partition count: the user
+    would have two pasts, and nobody would know.
+    """
+    click = Click(user_id="u1", item_id="i00001")
+    right = partition_of("u1", 2)
+    with stage.worker() as worker:
+        stage.send_raw(*encode(click), partition=right)
+        stage.send_raw(*encode(click), partition=1 - right)
+        stage.wait_folded()
+        metrics = urllib.request.urlopen(f"{worker.url}/metrics").read().decode()  # noqa: S310
+    assert "afterclick_misplaced_clicks_total 1.0" in metrics
