@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from afterclick.training.data import I64, UNKNOWN, Held, Sequences
-from afterclick.training.evaluate import CELLS_MAX, rank_of, rates
+from afterclick.training.evaluate import CELLS_MAX, rank_of
+from afterclick.training.metrics import rates
 
 F64 = npt.NDArray[np.float64]
 

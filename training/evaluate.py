@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from afterclick.training.data import I64, UNKNOWN, Held
+from afterclick.training.metrics import MISS
 from afterclick.training.model import Recommender, Steps
-
-MISS = 1 << 60
-"""Rank of a target that cannot be ranked."""
-
-CUTOFFS = (1, 5, 10, 20)
 
 CELLS_MAX = 1 << 23
 """Scores held at once: 32 MB of float32."""
@@ -41,18 +37,6 @@ class Question(NamedTuple):
     target_X: I64
     at_X: I64
     """Position of the target in the evaluated sequences."""
-
-
-def rates(rank_X: I64) -> dict[str, float]:
-    """HR@k and MRR@k as fractions, and the number of predictions."""
-    found: dict[str, float] = {}
-    count = len(rank_X)
-    for k in CUTOFFS:
-        hit_X = rank_X <= k
-        found[f"hit_rate_{k}"] = float(hit_X.mean()) if count else 0.0
-        found[f"mrr_{k}"] = float(np.where(hit_X, 1.0 / rank_X, 0.0).mean()) if count else 0.0
-    found["predictions"] = float(count)
-    return found
 
 
 def rank_of(score_XN: npt.NDArray[np.floating], target_X: I64) -> I64:

@@ -20,8 +20,9 @@ from torch import nn
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.training.data import Held, Sequences, batches, windows
-from afterclick.training.evaluate import model_ranks, rates
+from afterclick.training.evaluate import model_ranks
 from afterclick.training.losses import Candidates, next_item_loss
+from afterclick.training.metrics import rates
 from afterclick.training.model import Recommender, Steps
 from afterclick.training.settings import TrainingSettings
 

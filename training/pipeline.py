@@ -33,9 +33,10 @@ from afterclick.training.data import (
     recode,
     split,
 )
-from afterclick.training.evaluate import model_ranks, rates
+from afterclick.training.evaluate import model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
 from afterclick.training.fit import Epoch, Fitted, fit
+from afterclick.training.metrics import rates
 from afterclick.training.progress import Silent, Teller
 from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings

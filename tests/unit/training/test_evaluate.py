@@ -6,7 +6,8 @@ import torch
 
 from afterclick.training.baselines import evaluate_baselines
 from afterclick.training.data import UNKNOWN, Held, Sequences, build_log, held_out
-from afterclick.training.evaluate import MISS, model_ranks, questions, rank_of, rates
+from afterclick.training.evaluate import model_ranks, questions, rank_of
+from afterclick.training.metrics import MISS, rates
 from afterclick.training.model import Recommender
 from tests.unit.training.worlds import columns, quick, ring
 
