@@ -1,19 +1,33 @@
-"""What any model must beat: popularity and first-order Markov chains, ranked by the same rules.
+"""What any model must beat, ranked by the same rules: always all of it, in every table.
 
 Everything is counted on the training part once. Dense scores of a few hundred predictions at a
-time: 1e9 cells take about 2 s. Shape letters: X predictions, N items, P positions.
+time; -inf is an item that is not ranked. Shape letters: X predictions, N items, P positions, D
+vector, K places.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from afterclick.training.data import I64, UNKNOWN, Held, Sequences
-from afterclick.training.evaluate import CELLS_MAX, rank_of
-from afterclick.training.metrics import rates
+from afterclick.training.evaluate import CELLS_MAX, LIST, ranking_of
+from afterclick.training.metrics import MISS, NOTHING, Ranking
+from afterclick.training.neighbours import TUNED, Neighbourhood, SessionNeighbours, ranges
 
 F64 = npt.NDArray[np.float64]
+F32 = npt.NDArray[np.float32]
+
+BASELINES = (
+    "popularity",
+    "popularity_24h",
+    "session_popularity",
+    "markov",
+    "markov_session",
+    "vmis_knn",
+    "ewma",
+)
 
 DAY_MS = 24 * 3600 * 1000
 
@@ -22,6 +36,15 @@ SESSION = 1e9
 
 TRANSITION = 1e12
 """Likewise above every session score."""
+
+DECAY = 0.5
+"""Weight of an item in the moving average for every item that came after it."""
+
+ROWS_MAX = 1024
+"""Predictions at once: neighbours sort some thousand entries for each."""
+
+Scorer = Callable[[I64], npt.NDArray[np.floating]]
+"""From positions (X) to scores (X, N), a new array each time."""
 
 
 class Markov:
@@ -44,7 +67,7 @@ class Markov:
         """Put items that followed each prediction's last item before all others, by count."""
         known = np.flatnonzero(last_X != UNKNOWN)
         begin, end = self._row_begin[last_X[known]], self._row_begin[last_X[known] + 1]
-        row, entry = _ranges(known, begin, end)
+        row, entry = ranges(known, begin, end)
         # Equal counts stand by popularity, which is below 1 here.
         fine = self.popularity_N[self._next[entry]] / (self.popularity_N.max() + 1)
         score_XN[row, self._next[entry]] = TRANSITION + self._count[entry] + fine
@@ -57,60 +80,148 @@ def popularity(sequences: Sequences, num_items: int) -> F64:
 
 
 def evaluate_baselines(
-    train: Sequences, held: Held, num_items: int, *, history: int
-) -> dict[str, dict[str, float]]:
-    """Rates of every baseline on the held-out targets.
+    train: Sequences | None,
+    held: Held,
+    num_items: int,
+    *,
+    history: int,
+    vector_ND: F32 | None = None,
+    neighbourhood: Neighbourhood = TUNED,
+    methods: Collection[str] = BASELINES,
+    filter_seen: bool = False,
+) -> dict[str, Ranking]:
+    """Rankings of every baseline for the held-out targets, in order of position.
 
     Args:
-        train: what may be counted.
+        train: what may be counted; without it only what needs no counts is ranked.
         held: what is predicted; codes below `num_items`, or `UNKNOWN`.
         num_items: N.
-        history: how far back `markov_session` looks for the session's own items.
+        history: how far back a session's own items are looked for.
+        vector_ND: item vectors; without them there is no `ewma`.
+        neighbourhood: settings of `vmis_knn`.
+        methods: which to rank, all that can be by default.
+        filter_seen: leave items that stand earlier in the sequence out of every list.
 
     Returns:
-        `popularity`, `popularity_24h` (last day of the training part; only with times), `markov`
-        (then popularity) and `markov_session` (then the session's own items, newest first, then
-        popularity).
+        `popularity`, `popularity_24h` (last day of the training part; only with times),
+        `session_popularity` (the session's items by their clicks in it, then popularity), `markov`
+        (then popularity), `markov_session` (then the session's own items, newest first, then
+        popularity), `vmis_knn` (items of neighbours only) and `ewma` (nearest by cosine to the
+        moving average of the session's item vectors).
     """
-    markov = Markov(train, num_items)
-    popular_N = markov.popularity_N
-    recent_N = None
-    if train.time_P is not None:
-        recent_N = popularity(train.select(train.time_P > train.time_P.max() - DAY_MS), num_items)
-    ranks: dict[str, list[I64]] = {}
+    sequences = held.sequences
+    markov = None if train is None else Markov(train, num_items)
+    popular_N = np.zeros(num_items) if markov is None else markov.popularity_N
+    fixed: dict[str, F64] = {}
+    scorers: dict[str, Scorer] = {}
+    if train is not None:
+        fixed["popularity"] = popular_N
+        if train.time_P is not None:
+            day = train.select(train.time_P > train.time_P.max() - DAY_MS)
+            fixed["popularity_24h"] = popularity(day, num_items)
+
+    def session_popularity(at_X: I64) -> F64:
+        row, position = _session(sequences, at_X, history)
+        cell = row * num_items + sequences.item_P[position]
+        score_XN: F64 = (
+            np.bincount(cell, minlength=len(at_X) * num_items)
+            .astype(np.float64)
+            .reshape(len(at_X), num_items)
+        )
+        score_XN += popular_N / (popular_N.max(initial=0) + 1)
+        return score_XN
+
+    scorers["session_popularity"] = session_popularity
+    if markov is not None and train is not None:
+
+        def plain(at_X: I64) -> F64:
+            score_XN = np.tile(popular_N, (len(at_X), 1))
+            markov.add_transitions(score_XN, sequences.item_P[at_X - 1])
+            return score_XN
+
+        def markov_session(at_X: I64) -> F64:
+            score_XN = np.tile(popular_N, (len(at_X), 1))
+            row, position = _session(sequences, at_X, history)
+            # Positions ascend, so an item's newest occurrence is the assignment that stays.
+            score_XN[row, sequences.item_P[position]] = SESSION + position
+            markov.add_transitions(score_XN, sequences.item_P[at_X - 1])
+            return score_XN
+
+        index = SessionNeighbours(train, num_items, neighbourhood)
+        scorers["markov"], scorers["markov_session"] = plain, markov_session
+        scorers["vmis_knn"] = lambda at_X: index.scores(sequences, at_X)
+    if vector_ND is not None:
+        unit_ND = _unit(vector_ND)
+        scorers["ewma"] = lambda at_X: (
+            _unit(_average(sequences, at_X, history, unit_ND)) @ (unit_ND.T)
+        )
     at_X = np.flatnonzero(held.target_P)
-    for at in _chunks(at_X, max(1, CELLS_MAX // num_items)):
-        target_X, last_X = held.sequences.item_P[at], held.sequences.item_P[at - 1]
-        score_XN = np.tile(popular_N, (len(at), 1))
-        ranks.setdefault("popularity", []).append(rank_of(score_XN, target_X))
-        if recent_N is not None:
-            recent_XN = np.tile(recent_N, (len(at), 1))
-            ranks.setdefault("popularity_24h", []).append(rank_of(recent_XN, target_X))
-        plain_XN = score_XN.copy()
-        markov.add_transitions(plain_XN, last_X)
-        ranks.setdefault("markov", []).append(rank_of(plain_XN, target_X))
-        _add_session(score_XN, held.sequences, at, history)
-        markov.add_transitions(score_XN, last_X)
-        ranks.setdefault("markov_session", []).append(rank_of(score_XN, target_X))
-    return {name: rates(np.concatenate(parts)) for name, parts in ranks.items()}
+    found = {}
+    for name, score_N in fixed.items():
+        if name not in methods:
+            continue
+        if filter_seen:
+            found[name] = _ranking(_constant(score_N), sequences, at_X, num_items, filter_seen=True)
+        else:
+            found[name] = _ranking_of_all(score_N, sequences.item_P[at_X])
+    for name, scorer in scorers.items():
+        if name in methods:
+            found[name] = _ranking(scorer, sequences, at_X, num_items, filter_seen=filter_seen)
+    return found
 
 
-def _add_session(score_XN: F64, sequences: Sequences, at_X: I64, history: int) -> None:
+def drop_seen(score_XN: npt.NDArray[np.floating], sequences: Sequences, at_X: I64) -> None:
+    """Leave items that stand earlier in the sequence out of the ranking."""
+    row, position = _session(sequences, at_X, sequences.num_events)
+    score_XN[row, sequences.item_P[position]] = -np.inf
+
+
+def _ranking(
+    scorer: Scorer, sequences: Sequences, at_X: I64, num_items: int, *, filter_seen: bool
+) -> Ranking:
+    size = max(1, min(ROWS_MAX, CELLS_MAX // max(num_items, 1)))
+    parts = [Ranking(np.zeros(0, np.int64), np.zeros((0, LIST), np.int64))]
+    for begin in range(0, len(at_X), size):
+        at = at_X[begin : begin + size]
+        score_XN = scorer(at)
+        if filter_seen:
+            drop_seen(score_XN, sequences, at)
+        parts.append(ranking_of(torch.from_numpy(score_XN), sequences.item_P[at]))
+    return Ranking(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _ranking_of_all(score_N: F64, target_X: I64) -> Ranking:
+    """The same scores for every prediction: ranked once."""
+    top_K = np.full(LIST, NOTHING, np.int64)
+    best = np.argsort(-score_N, kind="stable")[:LIST]
+    top_K[: len(best)] = best
+    ascending = np.sort(score_N)
+    rank_X = len(score_N) - np.searchsorted(ascending, score_N[np.maximum(target_X, 0)])
+    return Ranking(np.where(target_X == UNKNOWN, MISS, rank_X), np.tile(top_K, (len(target_X), 1)))
+
+
+def _constant(score_N: F64) -> Scorer:
+    return lambda at_X: np.tile(score_N, (len(at_X), 1))
+
+
+def _session(sequences: Sequences, at_X: I64, history: int) -> tuple[I64, I64]:
+    """Rows and positions of the known items that stand up to `history` before each position."""
     begin = np.maximum(sequences.start_S1[sequences.sequence_numbers()[at_X]], at_X - history)
-    row, position = _ranges(np.arange(len(at_X)), begin, at_X)
+    row, position = ranges(np.arange(len(at_X)), begin, at_X)
     known = sequences.item_P[position] != UNKNOWN
-    row, position = row[known], position[known]
-    # Positions ascend, so an item's newest occurrence is the assignment that stays.
-    score_XN[row, sequences.item_P[position]] = SESSION + position
+    return row[known], position[known]
 
 
-def _ranges(label: I64, begin: I64, end: I64) -> tuple[I64, I64]:
-    """All whole numbers from each begin to its end, with the range's label beside each."""
-    size = end - begin
-    offset = np.repeat(begin - (np.cumsum(size) - size), size)
-    return np.repeat(label, size), offset + np.arange(size.sum())
+def _average(sequences: Sequences, at_X: I64, history: int, unit_ND: F32) -> F32:
+    """(X, D) weighted sum of the vectors of what stands before each position."""
+    row, position = _session(sequences, at_X, history)
+    weight = DECAY ** (at_X[row] - 1 - position).astype(np.float32)
+    sum_XD = np.zeros((len(at_X), unit_ND.shape[1]), np.float32)
+    np.add.at(sum_XD, row, weight[:, None] * unit_ND[sequences.item_P[position]])
+    return sum_XD
 
 
-def _chunks(values: I64, size: int) -> Iterator[I64]:
-    for begin in range(0, len(values), size):
-        yield values[begin : begin + size]
+def _unit(vector_XD: F32) -> F32:
+    norm_X1 = np.linalg.norm(vector_XD, axis=1, keepdims=True)
+    unit_XD: F32 = (vector_XD / np.where(norm_X1 > 0, norm_X1, 1)).astype(np.float32)
+    return unit_XD

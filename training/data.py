@@ -11,7 +11,7 @@ seen, and an idle reset starts a new sequence.
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,16 @@ class Held(NamedTuple):
 
     sequences: Sequences
     target_P: Mask
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """Clicks of several sources, one after the other; times and ids count where all have them."""
+
+    def column(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
+    return Columns(*(column(name) for name in Columns._fields))
 
 
 def build_log(columns: Columns, *, history: int, idle_ttl_s: int = 0) -> Log:

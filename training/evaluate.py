@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from afterclick.training.data import I64, UNKNOWN, Held
-from afterclick.training.metrics import MISS
+from afterclick.training.metrics import CUTOFFS, MISS, NOTHING, Ranking
 from afterclick.training.model import Recommender, Steps
+
+LIST = max(CUTOFFS)
+"""Items of a list."""
 
 CELLS_MAX = 1 << 23
 """Scores held at once: 32 MB of float32."""
@@ -39,11 +41,23 @@ class Question(NamedTuple):
     """Position of the target in the evaluated sequences."""
 
 
-def rank_of(score_XN: npt.NDArray[np.floating], target_X: I64) -> I64:
-    """Place of each target, best is 1; every item with the target's score stands before it."""
-    own_X1 = np.take_along_axis(score_XN, np.maximum(target_X, 0)[:, None], axis=1)
-    rank_X = (score_XN >= own_X1).sum(axis=1)
-    return np.where(target_X == UNKNOWN, MISS, rank_X)
+def rank_of(score_XN: Tensor, target_X: I64) -> I64:
+    """Place of each target, best is 1; every item with the target's score stands before it.
+
+    An item scored -inf is not ranked: such a target is a `MISS`, as is an unknown one.
+    """
+    target = torch.from_numpy(np.maximum(target_X, 0)).to(score_XN.device)
+    own_X1 = score_XN.gather(1, target[:, None])
+    rank_X = torch.where(own_X1[:, 0] > -torch.inf, (score_XN >= own_X1).sum(1), MISS)
+    return np.where(target_X == UNKNOWN, MISS, rank_X.cpu().numpy())
+
+
+def ranking_of(score_XN: Tensor, target_X: I64) -> Ranking:
+    """Ranks of the targets, and the `LIST` best items; equal scores stand in any order there."""
+    score_XK, top = score_XN.topk(min(LIST, score_XN.shape[1]))
+    top_XK = np.full((len(score_XN), LIST), NOTHING, np.int64)
+    top_XK[:, : top.shape[1]] = torch.where(score_XK > -torch.inf, top, NOTHING).cpu().numpy()
+    return Ranking(rank_of(score_XN, target_X), top_XK)
 
 
 @torch.no_grad()
@@ -73,11 +87,7 @@ def model_ranks(
         for begin in range(0, len(question.target_X), rows_max):
             target_X = question.target_X[begin : begin + rows_max]
             q_XD = model.query(h_XH[begin : begin + rows_max])
-            score_XN = torch.addmm(bias_N, q_XD, vector_DN)
-            target = torch.from_numpy(np.maximum(target_X, 0)).to(device)
-            own_X1 = score_XN.gather(1, target[:, None])
-            rank_X = (score_XN >= own_X1).sum(1).cpu().numpy()
-            ranks.append(np.where(target_X == UNKNOWN, MISS, rank_X))
+            ranks.append(rank_of(torch.addmm(bias_N, q_XD, vector_DN), target_X))
     order = np.argsort(np.concatenate(places))
     return np.concatenate(ranks)[order]
 

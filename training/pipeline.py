@@ -36,7 +36,7 @@ from afterclick.training.data import (
 from afterclick.training.evaluate import model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
 from afterclick.training.fit import Epoch, Fitted, fit
-from afterclick.training.metrics import rates
+from afterclick.training.metrics import Ranking, rates
 from afterclick.training.progress import Silent, Teller
 from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
@@ -223,7 +223,8 @@ def _metrics(
     baselines = evaluate_baselines(
         data.train, data.held, len(data.item_ids), history=serving.history
     )
-    metrics = {"model": fitted.validation, **baselines}
+    # No `ewma` here: the last epochs have shown the item vectors what was held out.
+    metrics = {"model": fitted.validation, **_rates(baselines)}
     teller.stage("baselines", **_flat(metrics))
     return metrics
 
@@ -254,11 +255,19 @@ def _test(
         scan_ND=torch.from_numpy(tables.scan_ND).to(device),
     )
     baselines = evaluate_baselines(
-        data.everything, held, len(data.item_ids), history=serving.history
+        data.everything,
+        held,
+        len(data.item_ids),
+        history=serving.history,
+        vector_ND=tables.step_ND,
     )
-    tested = {"model": rates(rank_X), **baselines}
+    tested = {"model": rates(rank_X), **_rates(baselines)}
     teller.stage("test", **_flat(tested))
     return tested
+
+
+def _rates(rankings: dict[str, Ranking]) -> dict[str, dict[str, float]]:
+    return {method: rates(ranking.rank_X) for method, ranking in rankings.items()}
 
 
 def _export(

@@ -6,9 +6,8 @@ Knows no release; whoever calls it says where the picture goes.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from afterclick.training.baselines import BASELINES
 from afterclick.training.fit import Epoch
-
-BASELINES = ("popularity", "popularity_24h", "markov", "markov_session")
 
 
 def write_report(

@@ -7,7 +7,7 @@ import torch
 from afterclick.training.baselines import evaluate_baselines
 from afterclick.training.data import UNKNOWN, Held, Sequences, build_log, held_out
 from afterclick.training.evaluate import model_ranks, questions, rank_of
-from afterclick.training.metrics import MISS, rates
+from afterclick.training.metrics import MISS, Ranking, rates
 from afterclick.training.model import Recommender
 from tests.unit.training.worlds import columns, quick, ring
 
@@ -16,6 +16,10 @@ def sequences(*items: list[int]) -> Sequences:
     flat = np.array([item for own in items for item in own], np.int64)
     start = np.cumsum([0, *(len(own) for own in items)])
     return Sequences(start, flat, np.zeros_like(flat), np.zeros_like(flat), None)
+
+
+def rates_of(rankings: dict[str, Ranking]) -> dict[str, dict[str, float]]:
+    return {name: rates(ranking.rank_X) for name, ranking in rankings.items()}
 
 
 def test_rates_of_four_predictions() -> None:
@@ -32,7 +36,9 @@ def test_ties_count_against_us() -> None:
     """A model that scores everything alike must not look good."""
     score = np.array([[1.0, 1.0, 1.0, 0.0], [3.0, 2.0, 2.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
 
-    assert rank_of(score, np.array([0, 1, UNKNOWN])).tolist() == [3, 4, MISS]
+    score[2, 1] = -np.inf
+    assert rank_of(torch.from_numpy(score), np.array([0, 1, UNKNOWN])).tolist() == [3, 4, MISS]
+    assert rank_of(torch.from_numpy(score), np.array([3, 3, 1])).tolist() == [4, 1, MISS]
 
 
 def test_a_model_that_knows_nothing_ranks_last() -> None:
@@ -50,7 +56,7 @@ def test_baselines_of_a_hand_made_log() -> None:
     train = sequences([a, b], [a, b], [a, c])  # clicks: a 3, b 2, c 1, d 0
     held = held_out(sequences([a, b], [a, c], [d, a], [c, d, c]), None)
 
-    found = evaluate_baselines(train, held, 4, history=50)
+    found = rates_of(evaluate_baselines(train, held, 4, history=50))
 
     # popularity ranks: b 2, c 3, a 1, d 4, c 3
     assert found["popularity"]["mrr_20"] == pytest.approx((1 / 2 + 1 / 3 + 1 + 1 / 4 + 1 / 3) / 5)
@@ -60,6 +66,11 @@ def test_baselines_of_a_hand_made_log() -> None:
     # but d → a: d itself stands first (2), and c → d: c itself does (4)
     assert found["markov_session"]["mrr_20"] == pytest.approx(
         (1 + 1 / 2 + 1 / 2 + 1 / 4 + 1 / 2) / 5
+    )
+    # the session's own items, by popularity beyond: c 3, a 2 (after d), d 4, c 1 of c d (a tie is
+    # broken by popularity: c 1, d 0), and a → b is second to a itself
+    assert found["session_popularity"]["mrr_20"] == pytest.approx(
+        (1 / 2 + 1 / 3 + 1 / 2 + 1 / 4 + 1) / 5
     )
 
 
@@ -72,7 +83,7 @@ def test_popularity_of_the_last_day_forgets_the_day_before() -> None:
     )
     held = held_out(sequences([0, 1]), None)
 
-    found = evaluate_baselines(log.sequences, held, 2, history=50)
+    found = rates_of(evaluate_baselines(log.sequences, held, 2, history=50))
 
     assert found["popularity"]["mrr_20"] == 0.5
     # On the last day both have one click: a tie, which counts against us.
