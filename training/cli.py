@@ -1,4 +1,4 @@
-"""The verbs `train` and `schedule`: parse, hand over, print.
+"""The verbs `train`, `evaluate` and `schedule`: parse, hand over, print.
 
 Torch and everything else that is heavy is imported inside the verbs, so that `afterclick --help`
 loads this module in the base install.
@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from afterclick.serving.errors import ConfigError
-from afterclick.serving.settings import serving_settings
+from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.streams.columns import (
     add_click_columns,
     add_item_columns,
@@ -27,6 +28,8 @@ from afterclick.streams.settings import streams_settings
 from afterclick.training.settings import TrainingSettings, training_settings
 
 if TYPE_CHECKING:
+    from afterclick.serving.releases import LoadedRelease
+    from afterclick.training.data import Columns
     from afterclick.training.pipeline import Outcome
     from afterclick.training.sources import Source
 
@@ -93,6 +96,49 @@ def train(argv: Sequence[str]) -> int:
         sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
     elif options.progress == "bars":
         sys.stdout.write(describe(outcome))
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate a release, or settings, on held-out clicks beside every baseline."""
+    options = _evaluate_parser().parse_args(argv)
+    if (options.release is None) == (options.config is None):
+        raise ConfigError("evaluate: give either --release NAME|current or --config TOML")
+    if options.config is not None and options.mode == "session" and not options.train:
+        raise ConfigError("evaluate: --config trains on --train FILE; --clicks is held out")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    serving = serving_settings(os.environ)
+
+    from afterclick.training.data import joined
+    from afterclick.training.report import write_comparison
+    from afterclick.training.sources import read_columns
+    from afterclick.training.trial import describe as describe_trial
+    from afterclick.training.trial import evaluate_release, without_last
+
+    columns = click_columns(options)
+    clicks = read_columns(options.clicks, columns)
+    train = joined([read_columns(path, columns) for path in options.train])
+    if options.mode == "leave-one-out":
+        train = without_last(clicks)
+    with tempfile.TemporaryDirectory(prefix="afterclick-evaluate-") as folder:
+        if options.config is not None:
+            serving = msgspec.structs.replace(serving, releases=folder)
+            name = _trained(options, serving, train)
+        else:
+            name = options.release
+        trial = evaluate_release(
+            _loaded(name, serving),
+            clicks,
+            train if len(train.user) else None,
+            serving,
+            mode=options.mode,
+            filter_seen=options.filter_seen,
+            seed=options.seed,
+        )
+    if options.plot is not None:
+        write_comparison(options.plot, f"release {trial.release}", trial.methods, trial.intervals)
+    text = msgspec.json.encode(trial).decode() + "\n" if options.json else describe_trial(trial)
+    sys.stdout.write(text)
     return 0
 
 
@@ -164,6 +210,55 @@ def _train_parser() -> argparse.ArgumentParser:
     add_click_columns(parser)
     add_item_columns(parser)
     return parser
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterclick evaluate", description=evaluate.__doc__)
+    parser.add_argument("--release", metavar="NAME", help="a release's name, or: current")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="train with these, unpublished")
+    parser.add_argument("--clicks", type=Path, metavar="FILE", required=True, help="held out")
+    parser.add_argument(
+        "--train", type=Path, metavar="FILE", nargs="+", default=[], help="what baselines count"
+    )
+    parser.add_argument("--items", type=Path, metavar="FILE", help="catalogue, for --config")
+    parser.add_argument(
+        "--mode",
+        choices=("session", "leave-one-out"),
+        default="session",
+        help="predict every click after a sequence's first, or each user's last one",
+    )
+    parser.add_argument("--filter-seen", action="store_true", help="no item a second time")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    add_click_columns(parser)
+    add_item_columns(parser)
+    return parser
+
+
+def _trained(options: argparse.Namespace, serving: ServingSettings, train: "Columns") -> str:
+    """Name of a release that was trained for this evaluation only."""
+    from afterclick.training.pipeline import train_release
+    from afterclick.training.sources import source_of
+
+    source = source_of("evaluate", train, options.items, item_columns(options))
+    settings = training_settings(os.environ, options.config, {})
+    return train_release(source, settings, serving, publish=False).release
+
+
+def _loaded(name: str, serving: ServingSettings) -> "LoadedRelease":
+    from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
+    from afterclick.serving.releases import LoadedRelease, ReleaseStore
+
+    store = ReleaseStore(serving.releases, serving.releases_cache)
+    if name == "current":
+        published = store.current()
+        if published is None:
+            raise ConfigError(f"evaluate: {serving.releases}: nothing is published yet")
+        name = published.release
+    folder = store.fetch(name)
+    sha256 = sha256_of(folder / MANIFEST_NAME)
+    return LoadedRelease(Publication(number=1, release=name, sha256=sha256), folder, serving)
 
 
 def _source(options: argparse.Namespace) -> "Source":

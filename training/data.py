@@ -38,6 +38,17 @@ class Columns(NamedTuple):
     event_id: npt.NDArray[np.object_] | None
     """None entries where a click has none."""
 
+    def select(self, keep: Any) -> "Columns":
+        """Only these clicks: a mask, or a slice."""
+        time_ms, event_id = self.time_ms, self.event_id
+        return Columns(
+            self.user[keep],
+            self.item[keep],
+            self.event[keep],
+            None if time_ms is None else time_ms[keep],
+            None if event_id is None else event_id[keep],
+        )
+
 
 class Sequences(NamedTuple):
     """Interactions of S sequences, one after the other; sequences stand in order of their start."""
@@ -99,6 +110,9 @@ class Held(NamedTuple):
 
 def joined(parts: Sequence[Columns]) -> Columns:
     """Clicks of several sources, one after the other; times and ids count where all have them."""
+    if not parts:
+        nothing = np.zeros(0, object)
+        return Columns(nothing, nothing, nothing, None, None)
 
     def column(name: str) -> Any:
         values = [getattr(part, name) for part in parts]

@@ -61,3 +61,35 @@ def write_report(
     figure.suptitle(title, fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
+
+
+def write_comparison(
+    path: Path,
+    title: str,
+    methods: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]],
+) -> None:
+    """Draw HR@20 and MRR@20 of every method with its interval as a PNG; its folder is made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.4 * len(methods) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(methods)[::-1]
+    for axes, (metric, label) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("hit_rate_20", "HR@20, %"), ("mrr_20", "MRR@20, %")),
+        strict=True,
+    ):
+        for at, name in enumerate(names):
+            low, high = (100 * end for end in intervals[name][metric])
+            color = "black" if name == "model" else "0.55"
+            axes.plot([low, high], [at, at], color=color)
+            axes.plot([100 * methods[name][metric]], [at], marker="o", color=color)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(left=0)
+        axes.set_title(label, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")

@@ -49,11 +49,26 @@ def read_files(
         ConfigError: a file or a column is not there.
         ContractError: a file cannot be read.
     """
+    columns = read_columns(clicks, click_columns)
+    return source_of(clicks.name, columns, items, item_columns)
+
+
+def source_of(
+    name: str,
+    columns: Columns,
+    items: Path | None = None,
+    item_columns: "ItemColumns | None" = None,
+) -> Source:
+    """Clicks at hand, and items of a file where one is given; `name` is for the manifest.
+
+    Raises:
+        ConfigError: the file or a column is not there.
+        ContractError: the file cannot be read.
+    """
     from afterclick.streams.files import read_items
 
     catalogue = [] if items is None else read_items(items, item_columns)
-    columns = read_columns(clicks, click_columns)
-    return Source(columns, _rows(catalogue), _snapshot(clicks.name, columns, {}), [])
+    return Source(columns, _rows(catalogue), _snapshot(name, columns, {}), [])
 
 
 def read_columns(clicks: Path, click_columns: "ClickColumns | None" = None) -> Columns:
