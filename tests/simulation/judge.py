@@ -75,6 +75,8 @@ class _Partition:
             yield f"the head is at {head.next}, the log ends at {self._log[-1].offset + 1}"
             return
         yield from self._inputs(head, entries)
+        if not entries:
+            return
         replica = self._replay(entries)
         expected = msgspec.json.decode(replica.heads[self._partition], type=Head)
         for name in Head.__struct_fields__:

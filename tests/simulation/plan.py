@@ -6,6 +6,7 @@ that taking a fault out leaves the rest as it was.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -86,7 +87,8 @@ class Plan(NamedTuple):
 FAULTS = {
     "crash": 5,
     "freeze": 5,
-    "rebalance": 6,
+    "rebalance": 4,
+    "zombie": 6,
     "failover": 6,
     "resend": 4,
     "lost": 4,
@@ -102,14 +104,16 @@ FAULTS = {
 """Kinds with their weights; world.py has what each does."""
 
 
-def make_plan(seed: int) -> Plan:
-    """The plan of a seed."""
+def make_plan(seed: int, kinds_wanted: Sequence[str] = ()) -> Plan:
+    """The plan of a seed; with kinds wanted, the most faults, and of these only."""
     rng = random.Random(f"{seed}/plan")
     count = rng.choice((2, 4, 6, 8, 12))
     kinds, weights = list(FAULTS), list(FAULTS.values())
     if rng.random() < 0.5:  # few kinds at once meet each other more often
         kinds = rng.sample(kinds, 3)
         weights = [FAULTS[kind] for kind in kinds]
+    if kinds_wanted:
+        count, kinds, weights = 12, list(kinds_wanted), [1] * len(kinds_wanted)
     faults = [
         Fault(rng.uniform(0.1, LOAD_S + 1), kind, rng.randrange(6), rng.random())
         for kind in rng.choices(kinds, weights, k=count)

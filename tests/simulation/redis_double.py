@@ -203,7 +203,7 @@ class Client(redis.Redis):
         self.faults: dict[str, float] = {}
         """What befalls the next fitting call: kind → seconds."""
         self.latency_s = lambda: 0.001
-        self._network, self._process, self._rng, self._note = network, process, rng, note
+        self._network, self.process, self._rng, self._note = network, process, rng, note
         self._server = network.current
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -226,7 +226,7 @@ class Client(redis.Redis):
         return parse(answer, **options) if parse else answer
 
     def _ask(self, commands: list[Command]) -> list[Any]:
-        self._process.wait(self.latency_s() + self.faults.pop("slow", 0.0))
+        self.process.wait(self.latency_s() + self.faults.pop("slow", 0.0))
         loop, network = self._network.loop, self._network
         if loop.now_s < network.away_until_s:
             raise redis.exceptions.ConnectionError("simulated: nobody answers")
@@ -248,7 +248,7 @@ class Client(redis.Redis):
             self._note("{}: the answer is lost", self)
             raise redis.exceptions.ConnectionError("simulated: the answer was lost")
         if is_script and "resend" in self.faults:
-            self._process.wait(self.faults.pop("resend"))
+            self.process.wait(self.faults.pop("resend"))
             if self._server is not network.current and loop.now_s >= self.moves_at_s:
                 self._server = network.current
             answers = self._server.run(commands)
@@ -268,7 +268,7 @@ class Client(redis.Redis):
 
     def __str__(self) -> str:
         old = "" if self._server is self._network.current else " (old primary)"
-        return f"{self._process.name}{old}"
+        return f"{self.process.name}{old}"
 
 
 class _Transaction(Pipeline):

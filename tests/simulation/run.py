@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +36,26 @@ class Tally(NamedTuple):
     """Failing seeds, and what was wrong."""
 
 
-def run_seeds(first: int, num: int, releases: Releases, *, stop_at: int | None = None) -> Tally:
-    """Run seeds one after the other, at most until `stop_at` of them failed."""
+def run_seeds(
+    first: int,
+    num: int,
+    releases: Releases,
+    *,
+    stop_at: int | None = None,
+    kinds: Sequence[str] = (),
+) -> Tally:
+    """Run seeds one after the other, at most until `stop_at` of them failed.
+
+    Args:
+        first: seed.
+        num: of seeds.
+        releases: to fold with.
+        stop_at: so many failures are enough.
+        kinds: of faults; all where empty.
+    """
     faults, wrong, seed = 0, {}, first
     for seed in range(first, first + num):
-        outcome = simulate(make_plan(seed), releases)
+        outcome = simulate(make_plan(seed, kinds), releases)
         faults += outcome.faults
         if outcome.wrong:
             wrong[seed] = outcome.wrong

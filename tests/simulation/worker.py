@@ -127,6 +127,8 @@ class SimulatedWorker(Worker):
         self.broken: list[BaseException] = []
         self.crashing: Callable[[], None] = lambda: None
         self.drops = 0
+        self.deaf_until_s = 0.0
+        """It does not notice a rebalance before."""
         self._joined = False
         self._rules = around.rules
         self._log = BrokerClient(around.broker, process)
@@ -162,8 +164,9 @@ class SimulatedWorker(Worker):
         await asyncio.shield(self._left)
 
     async def _leave(self) -> None:
-        late = self.around.storms and self.rng.random() < 0.15
+        late = self.around.storms and self.rng.random() < 0.1
         await asyncio.sleep(self.rng.uniform(1.0, 8.0) if late else self.rng.uniform(0.0, 0.1))
+        await asyncio.sleep(max(0.0, self.deaf_until_s - self.around.loop.now_s))
         await self.process.thawed()
         self.around.note("{}: notices the rebalance, leaves {}", self.name, sorted(self.held))
         self._simulated.flow_active = False

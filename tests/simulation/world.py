@@ -160,6 +160,8 @@ class World:
         over = over and all(
             now_s > worker.process.frozen_until_s and worker.client.has_moved for worker in alive
         )
+        # A slow look at the head may be under way, and find marks that a failover brought back.
+        over = over and not any(key.endswith(b":due") for key in self.network.current.data)
         held = [one for worker in alive for one in worker.held.values()]
         done = [
             one.state == State.READY
@@ -222,11 +224,15 @@ class World:
     def _strike_rebalance(self, worker: SimulatedWorker, fault: Fault) -> None:
         self._rebalance.set()
 
+    def _strike_zombie(self, worker: SimulatedWorker, fault: Fault) -> None:
+        worker.deaf_until_s = self.loop.now_s + 8 * fault.size
+        self._rebalance.set()
+
     def _strike_join(self, worker: SimulatedWorker, fault: Fault) -> None:
         self._start_worker()
 
     def _strike_failover(self, worker: SimulatedWorker, fault: Fault) -> None:
-        lost = JOURNAL_MAX + 1 if fault.size > 0.97 else round(12 * fault.size**2)
+        lost = JOURNAL_MAX + 1 if fault.size > 0.97 else 1 + int(11 * fault.size**3)
         old = self.network.current
         self.network.fail_over(lost)
         old.read_only = fault.size < 0.2  # demoted at once; else it goes on beside the new one
