@@ -61,6 +61,9 @@ STUCK_S = 60.0
 for so long, fails liveness.
 """
 
+METADATA_AGE_MS = 10_000
+"""How soon a topic that got more partitions is noticed: until then they are read by nobody."""
+
 LOOKS_PER_STALL = 12
 """Looks at the log within `stall_s`: every 5 s by default."""
 
@@ -203,7 +206,7 @@ class Worker:
             }
             try:
                 await asyncio.to_thread(self._write_fallback, tops)
-            except UnavailableError as error:
+            except (UnavailableError, ContractError) as error:
                 log.warning("fallback list: %s; trying again", error)
 
     # What partitions ask of the consumer and the log --------------------------------------------
@@ -441,6 +444,7 @@ def build_app(worker: Worker) -> faust.App:
         agent_supervisor=mode.CrashingSupervisor,
         worker_redirect_stdouts=False,
         consumer_max_fetch_size=8 << 20,
+        consumer_metadata_max_age_ms=METADATA_AGE_MS,
     )
     ChunkConsumer.records_max = streams.chunk_records_max
     ChunkConsumer.fetch_wait_ms = streams.fetch_wait_ms
