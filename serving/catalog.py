@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afterclick.serving.engine import F32, MASKED
-from afterclick.serving.errors import ContractError
+from afterclick.serving.errors import BAD_JSON, ContractError
 from afterclick.serving.manifest import (
     ITEMS_NAME,
     SCAN_VECTORS_NAME,
@@ -105,7 +105,7 @@ class Catalog:
             table = _read_items((folder / ITEMS_NAME).read_bytes())
             step = np.load(folder / STEP_VECTORS_NAME, allow_pickle=False)
             scan = np.load(folder / SCAN_VECTORS_NAME, allow_pickle=False)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, *BAD_JSON) as error:
             raise ContractError(
                 f"{where}: items cannot be read: {error}", reason="items"
             ) from error

@@ -9,6 +9,11 @@ A message reads `where: what was expected, what came, what to do`. It quotes val
 user data beyond an id, nor a secret.
 """
 
+import msgspec
+
+BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises on bytes that are not JSON of the type asked for."""
+
 
 class AfterclickError(Exception):
     """Root of every error raised on purpose by this project."""

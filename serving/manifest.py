@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from afterclick.serving.errors import ContractError
+from afterclick.serving.errors import BAD_JSON, ContractError
 
 SCHEMA = 1
 """Version of this contract; a worker refuses a release of another one."""
@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError as error:
         raise ContractError(f"{where}: no {MANIFEST_NAME}", reason="torn") from error
-    except msgspec.MsgspecError as error:
+    except BAD_JSON as error:
         raise ContractError(f"{where}: {MANIFEST_NAME}: {error}", reason="manifest") from error
     if manifest.schema != SCHEMA:
         raise ContractError(

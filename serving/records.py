@@ -23,12 +23,14 @@ import hashlib
 import struct
 import zlib
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from afterclick.serving.errors import ContractError
+from afterclick.serving.errors import BAD_JSON, ContractError
 from afterclick.serving.settings import ListRules
+
+T = TypeVar("T")
 
 RECORD_VERSION = 1
 INTERACTION_BYTES = 14
@@ -254,6 +256,21 @@ def without_stamp(data: bytes) -> bytes:
     """A stored list as `encode_list` made it: what comparisons use."""
     at = data.rfind(_WRITTEN)
     return data if at < 0 else data[:at] + b"}"
+
+
+def decode_stored(data: bytes, kind: type[T], where: str) -> T:
+    """JSON that stands in Redis.
+
+    Raises:
+        ContractError: it is not what we write; `where` names it. Nothing may be guessed for it.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except BAD_JSON as error:
+        raise ContractError(
+            f"{where}: {error}; something else wrote it: empty the namespace and fold the log anew",
+            reason="stored",
+        ) from error
 
 
 def rules_digest(rules: ListRules) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Engine, Scanner
-from afterclick.serving.errors import ContractError, UnavailableError
+from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
 from afterclick.serving.manifest import (
     FILES,
     MANIFEST_NAME,
@@ -111,7 +111,7 @@ class ReleaseStore:
             return None
         try:
             return msgspec.json.decode(data, type=Publication)
-        except msgspec.MsgspecError as error:
+        except BAD_JSON as error:
             raise ContractError(
                 f"{self.root}/{CURRENT_NAME}: {error}", reason="publication"
             ) from error

@@ -13,9 +13,9 @@ import redis
 
 from afterclick.serving.address import safe_url
 from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect, refusal
-from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
-from afterclick.serving.records import Head, InputsEntry, stamp_list
+from afterclick.serving.records import Head, InputsEntry, decode_stored, stamp_list
 from afterclick.serving.scripts import CLEAR, COMMIT, RENEW, SWITCH, UNAVAILABLE
 
 
@@ -255,7 +255,8 @@ class Store:
     def inputs(self, partition: int) -> list[InputsEntry]:
         """Everything that entered the partition's fold besides its clicks, oldest first."""
         found = self._call(lambda: self._redis.lrange(self.keys.inputs(partition), 0, -1))
-        return [msgspec.json.decode(entry, type=InputsEntry) for entry in found]
+        name = self.keys.inputs(partition)
+        return [decode_stored(entry, InputsEntry, name) for entry in found]
 
     def users(self, partition: int) -> set[str]:
         """Every user with a record in a partition; scans, so for verification only."""
@@ -287,7 +288,7 @@ class Store:
     def read_meta(self) -> Meta | None:
         """The same, decoded."""
         stored = self.stored_meta()
-        return msgspec.json.decode(stored, type=Meta) if stored else None
+        return decode_stored(stored, Meta, self.keys.meta) if stored else None
 
     def write_summary(self, partition: int, scores: Mapping[str, int]) -> None:
         """A partition's most popular items, for the fallback list; a hint outside the fold."""
@@ -299,7 +300,11 @@ class Store:
         """All partitions' summaries."""
         names = [self.keys.popularity_summary(p) for p in range(num_partitions)]
         found = self._call(lambda: [self._redis.get(name) for name in names])
-        return [msgspec.json.decode(data, type=dict[str, int]) for data in found if data]
+        return [
+            decode_stored(data, dict[str, int], name)
+            for name, data in zip(names, found, strict=True)
+            if data
+        ]
 
     def write_fallback(self, list_body: bytes) -> None:
         """The list of users without one."""
@@ -366,6 +371,11 @@ class Store:
                 raise UnavailableError(f"redis {safe_url(self._url)}: {error}") from error
             if refused := refusal(error, f"redis {safe_url(self._url)}"):
                 raise refused from error
+            if "WRONGTYPE" in str(error) or "not an integer" in str(error):
+                raise ContractError(
+                    f"redis {safe_url(self._url)}: {error}; something else writes our keys",
+                    reason="stored",
+                ) from error
             raise
 
 

@@ -24,6 +24,7 @@ from afterclick.serving.records import (
     TopList,
     UserRecord,
     decode_record,
+    decode_stored,
     encode_record,
     rules_digest,
 )
@@ -558,8 +559,26 @@ class PartitionFold:
             if read.head != self._stored:
                 return None
             for user, data in zip(missing, read.records, strict=True):
-                self._cache[user] = decode_record(data) if data else None
+                self._cache[user] = self._decoded(user, data) if data else None
         return {user: self._cache[user] for user in user_ids}
+
+    def _decoded(self, user: str, data: bytes) -> UserRecord:
+        try:
+            record = decode_record(data)
+            serving = self._serving()
+            if record.publication == serving.publication and serving.release and record.state:
+                wanted = serving.release.engine.manifest.state_floats
+                if len(record.state) != 4 * wanted:
+                    raise ContractError(
+                        f"user record: state of {len(record.state) // 4} floats, release "
+                        f"{serving.name} has {wanted}",
+                        reason="record",
+                    )
+            return record
+        except ContractError as error:
+            raise ContractError(
+                f"partition {self.partition}, user {user!r}: {error}", reason=error.reason
+            ) from error
 
     def _inputs(self, serving: Serving) -> tuple[Inputs, InputsEntry | None]:
         """What is in force for the next write, and the entry that says so where it is new."""
@@ -596,7 +615,8 @@ class PartitionFold:
         self._cache.clear()
         stored = self._store.read(self.partition, []).head
         while True:
-            head = msgspec.json.decode(stored, type=Head) if stored else Head()
+            where = f"partition {self.partition}: head"
+            head = decode_stored(stored, Head, where) if stored else Head()
             popularity = self._new_popularity()
             buckets = popularity.buckets(head.watermark_ms) if stored else range(0)
             again, hours = self._store.read_popularity(self.partition, buckets)
@@ -643,7 +663,7 @@ def _answers(user: Standing, inputs: Inputs) -> tuple[int, int] | None:
         return user.due.offset, user.due.event_ms
     if user.list_data is None:
         return None
-    top = msgspec.json.decode(user.list_data, type=TopList)
+    top = decode_stored(user.list_data, TopList, "list")
     if (top.publication, top.items_offset) == (inputs.publication, list(inputs.items)):
         return None
     return top.offset, top.event_ms
