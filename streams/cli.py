@@ -1,5 +1,5 @@
 """The verbs that talk to Kafka: worker, topics, click, replay, verify, archive, rebuild, migrate,
-demo, up.
+dlq, rekey, demo, up.
 
 Only parses and hands over. Everything that an extra brings is imported inside the verb that needs
 it, so that this module loads in the base install and `afterclick --help` can list its verbs.
@@ -167,6 +167,20 @@ def rebuild(argv: Sequence[str]) -> int:
 def migrate(argv: Sequence[str]) -> int:
     """Move users to the partitions that the clicks topic has now."""
     from afterclick.streams.migrate import main
+
+    return main(argv)
+
+
+def dlq(argv: Sequence[str]) -> int:
+    """Show dead letters, or send them again."""
+    from afterclick.streams.dlq import main
+
+    return main(argv)
+
+
+def rekey(argv: Sequence[str]) -> int:
+    """Give the events of a topic without keys their user's key, and send them to the clicks."""
+    from afterclick.streams.rekey import main
 
     return main(argv)
 

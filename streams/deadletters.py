@@ -19,6 +19,12 @@ from afterclick.streams.partition import DeadLetter
 from afterclick.streams.settings import StreamsSettings
 
 ACK_TIMEOUT_S = 30.0
+OURS = "afterclick."
+"""What our headers begin with."""
+
+REPLAYS = OURS + "replays"
+"""How often `afterclick dlq replay` sent a record; it stays with the record."""
+
 VALUE_BYTES_MAX = 64 << 20
 """Largest value that is sent on; the broker's own limit is usually far below."""
 KEY_BYTES_MAX = 4096
@@ -32,24 +38,28 @@ class DeadLetters:
         self._settings = settings
         self._producer: Any = None
 
-    def send(self, topic: str, partition: int, letters: list[DeadLetter]) -> None:
+    def send(
+        self, topic: str, partition: int, letters: list[DeadLetter], *, beside: str = ""
+    ) -> None:
         """Write letters and wait until the broker has them.
 
         Args:
             topic: the source topic.
             partition: the source partition.
             letters: in log order.
+            beside: the topic whose dead letters they join; the source unless given.
 
         Raises:
             UnavailableError: the broker did not take them; nothing may be committed past them.
         """
         try:
-            pending = [self._post(topic, partition, letter) for letter in letters]
+            to = dead_letters_topic(beside or topic)
+            pending = [self._post(to, topic, partition, letter) for letter in letters]
             for letter, future in zip(letters, pending, strict=True):
                 try:
                     future.get(timeout=ACK_TIMEOUT_S)
                 except MessageSizeTooLargeError:
-                    self._post(topic, partition, letter, whole=False).get(timeout=ACK_TIMEOUT_S)
+                    self._post(to, topic, partition, letter, whole=False).get(timeout=ACK_TIMEOUT_S)
         except KafkaError as error:
             raise UnavailableError(
                 f"Kafka at {self._settings.broker}: dead letters of {topic}/{partition}: {error!r}"
@@ -60,7 +70,9 @@ class DeadLetters:
         if self._producer is not None:
             self._producer.close(timeout=5)
 
-    def _post(self, topic: str, partition: int, letter: DeadLetter, *, whole: bool = True) -> Any:
+    def _post(
+        self, to: str, topic: str, partition: int, letter: DeadLetter, *, whole: bool = True
+    ) -> Any:
         """Send a letter; one that is not `whole` fits any broker, and names what it leaves out."""
         if self._producer is None:
             self._producer = KafkaProducer(
@@ -79,6 +91,7 @@ class DeadLetters:
             ("afterclick.topic", topic.encode()),
             ("afterclick.partition", str(partition).encode()),
             ("afterclick.offset", str(letter.record.offset).encode()),
+            ("afterclick.timestamp_ms", str(letter.record.timestamp_ms).encode()),
             ("afterclick.stage", b"decode"),
         ]
         if whole:
@@ -92,10 +105,8 @@ class DeadLetters:
         if key is None and value is None:
             value = b""  # kafka-python sends no record without both
         try:
-            return self._producer.send(
-                dead_letters_topic(topic), key=key, value=value, headers=headers
-            )
+            return self._producer.send(to, key=key, value=value, headers=headers)
         except MessageSizeTooLargeError:
             if not whole:
                 raise
-            return self._post(topic, partition, letter, whole=False)
+            return self._post(to, topic, partition, letter, whole=False)

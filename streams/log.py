@@ -149,7 +149,7 @@ class LogReader:
         return self._opened[isolation]
 
     def _guard(self, action: Any) -> Any:
-        return _guarded(self._settings, action)
+        return guarded(self._settings, action)
 
 
 class Tail:
@@ -157,7 +157,7 @@ class Tail:
 
     def __init__(self, settings: StreamsSettings, topic: str, positions: list[int]) -> None:
         self._settings = settings
-        self._consumer = _guarded(settings, lambda: new_consumer(settings))
+        self._consumer = guarded(settings, lambda: new_consumer(settings))
         tps = [TopicPartition(topic, partition) for partition in range(len(positions))]
         self._consumer.assign(tps)
         for tp, offset in zip(tps, positions, strict=True):
@@ -165,7 +165,7 @@ class Tail:
 
     def poll(self) -> list[tuple[int, Record]]:
         """Partition and record of what came within `POLL_MS`."""
-        found = _guarded(self._settings, lambda: self._consumer.poll(POLL_MS))
+        found = guarded(self._settings, lambda: self._consumer.poll(POLL_MS))
         return [(tp.partition, record_of(r)) for tp, records in found.items() for r in records]
 
     def close(self) -> None:
@@ -173,10 +173,13 @@ class Tail:
         self._consumer.close()
 
 
-def new_consumer(settings: StreamsSettings, isolation: str = "read_committed") -> Any:
-    """A kafka-python consumer outside any group that commits nothing."""
+def new_consumer(
+    settings: StreamsSettings, isolation: str = "read_committed", group: str | None = None
+) -> Any:
+    """A kafka-python consumer that joins no group and commits nothing by itself."""
     return KafkaConsumer(
         **client_config(settings),
+        group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level=isolation,
@@ -184,7 +187,8 @@ def new_consumer(settings: StreamsSettings, isolation: str = "read_committed") -
     )
 
 
-def _guarded(settings: StreamsSettings, action: Any) -> Any:
+def guarded(settings: StreamsSettings, action: Any) -> Any:
+    """What `action` returns; a broker that fails is an UnavailableError."""
     try:
         return action()
     except KafkaError as error:
