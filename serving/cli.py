@@ -145,7 +145,7 @@ def key(argv: Sequence[str]) -> int:
 
 
 def releases(argv: Sequence[str]) -> int:
-    """List, show and publish releases; publishing an old one rolls back."""
+    """List, show, publish and prune releases; publishing an old one rolls back."""
     parser = argparse.ArgumentParser(prog="afterclick releases", description=releases.__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="all releases; the published one is marked")
@@ -154,11 +154,27 @@ def releases(argv: Sequence[str]) -> int:
     show = actions.add_parser("show", help="a release's manifest; by default the published one")
     show.add_argument("release", metavar="ID", nargs="?")
     show.add_argument("--json", action="store_true", help="the manifest itself")
+    drop = actions.add_parser("prune", help="delete releases that nothing needs any more")
+    drop.add_argument("--keep", type=_positive, default=5, help="newest ones that stay (5)")
+    drop.add_argument(
+        "--archive",
+        default=os.environ.get("AFTERCLICK_STREAMS__ARCHIVE", ""),
+        help="what its inputs lists name stays, too (AFTERCLICK_STREAMS__ARCHIVE)",
+    )
+    drop.add_argument("--dry-run", action="store_true", help="only say which")
     options = parser.parse_args(argv)
 
     from afterclick.serving.releases import ReleaseStore  # needs numpy and ONNX Runtime
 
     settings = serving_settings(os.environ)
+    if options.action == "prune":
+        from afterclick.serving.pruning import prune
+
+        for name in prune(
+            settings, archive=options.archive, keep=options.keep, dry_run=options.dry_run
+        ):
+            sys.stdout.write(f"{'would delete' if options.dry_run else 'deleted'} {name}\n")
+        return 0
     store = ReleaseStore(settings.releases, settings.releases_cache)
     if options.action == "list":
         return _list_releases(store)

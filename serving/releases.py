@@ -158,7 +158,7 @@ class ReleaseStore:
         """
         folder = self.fetch(release)
         verify_files(folder, read_manifest(folder))
-        with self._place.lock(".publish.lock"):
+        with self.publishing():
             before = self.current()
             publication = Publication(
                 number=before.number + 1 if before else 1,
@@ -167,6 +167,10 @@ class ReleaseStore:
             )
             self._place.replace(CURRENT_NAME, msgspec.json.encode(publication))
         return publication
+
+    def publishing(self) -> contextlib.AbstractContextManager[bool]:
+        """What is published stays so meanwhile, where the place has locks."""
+        return self._place.lock(".publish.lock")
 
     def fetch(self, release: str) -> Path:
         """Local folder of a release; from a URL it is pulled once.

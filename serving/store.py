@@ -258,6 +258,16 @@ class Store:
         name = self.keys.inputs(partition)
         return [decode_stored(entry, InputsEntry, name) for entry in found]
 
+    def all_inputs(self) -> list[bytes]:
+        """The entries of every inputs list on this Redis, of any namespace; scans."""
+
+        def scan() -> list[bytes]:
+            names = self._redis.scan_iter(match="{*}:inputs", count=1000)
+            return [entry for name in names for entry in self._redis.lrange(name, 0, -1)]
+
+        found: list[bytes] = self._call(scan)
+        return found
+
     def users(self, partition: int) -> set[str]:
         """Every user with a record in a partition; scans, so for verification only."""
         prefix = self.keys.user(partition, "").encode()

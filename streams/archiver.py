@@ -21,7 +21,7 @@ from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.streams.admin import TopicsInfo, check_topics
 from afterclick.streams.app import open_store
 from afterclick.streams.archive import Archive, cut
-from afterclick.streams.log import LogReader
+from afterclick.streams.joined import JoinedLog
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
 EVERY_S = 600.0
@@ -64,7 +64,7 @@ def archive_once(serving: ServingSettings, streams: StreamsSettings, archive: Ar
                 f"archive {archive.place.root}: another archiver is at work there"
             )
         topics = check_topics(streams)
-        reader = LogReader(streams)
+        reader = JoinedLog(msgspec.structs.replace(streams, archive=""))
         try:
             for topic, topic_id, num_partitions in (
                 (clicks, topics.clicks_id, topics.clicks_partitions),
@@ -87,7 +87,7 @@ def archive_once(serving: ServingSettings, streams: StreamsSettings, archive: Ar
 
 
 def _archive_partition(
-    archive: Archive, reader: LogReader, topic: str, topic_id: str, partition: int, done: Round
+    archive: Archive, reader: JoinedLog, topic: str, topic_id: str, partition: int, done: Round
 ) -> tuple[int, int]:
     """Write what is new; from which offset on, and up to which."""
     start, end = reader.edges(topic, partition)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from afterclick.serving.errors import ContractError
 from afterclick.streams.admin import check_topics
 from afterclick.streams.archive import Archive
+from afterclick.streams.bulk import BulkReader
 from afterclick.streams.log import LogReader
 from afterclick.streams.partition import Record
 from afterclick.streams.settings import StreamsSettings
@@ -22,14 +23,13 @@ class JoinedLog:
         self.archive = Archive(settings.archive) if settings.archive else None
         self._settings = settings
         self._log = LogReader(settings)
-        # A read holds its reader until it ends; the start of the log is asked for meanwhile.
-        self._edges = LogReader(settings)
+        self._bulk = BulkReader(settings)
         self._ids: dict[str, str] = {}
 
     def close(self) -> None:
         """Close the connections to Kafka."""
         self._log.close()
-        self._edges.close()
+        self._bulk.close()
 
     def num_partitions(self, topic: str) -> int:
         """Partitions of a topic, 0 where it does not exist."""
@@ -41,7 +41,7 @@ class JoinedLog:
         Raises:
             ContractError: the archive lacks a file.
         """
-        start, end = self._edges.edges(topic, partition)
+        start, end = self._log.edges(topic, partition)
         held = self.archive.edges(topic, partition) if self.archive else None
         return (min(start, held[0]) if held else start), end
 
@@ -53,7 +53,9 @@ class JoinedLog:
                 the archive is of another topic or broken.
             UnavailableError: nothing came in time.
         """
-        first = self._edges.start(topic, partition)
+        if start >= stop:
+            return
+        first = self._log.start(topic, partition)
         if start < first and self.archive is not None:
             held = self.archive.edges(topic, partition) or (first, first)
             if held[0] > start or held[1] < min(stop, first):
@@ -65,18 +67,11 @@ class JoinedLog:
             start = upto
         elif start < first:
             raise self._hole(topic, partition, start, first, "there is no archive")
-        for records in self._log.read(topic, partition, start, stop):
-            # A consumer that stands before the log's start is moved on without a word.
-            if records[0].offset > start:
-                first = self._edges.start(topic, partition)
-                if first > start:
-                    raise self._hole(topic, partition, start, first, "it was dropped meanwhile")
-            yield records
-            start = records[-1].offset + 1
+        yield from self._bulk.read(topic, partition, start, stop)
 
     def redacted(self, topic: str, partition: int, start: int) -> int:
         """Clicks of forgotten users from an offset on that nobody has any more, at most."""
-        first = self._edges.start(topic, partition)
+        first = self._log.start(topic, partition)
         if self.archive is None or start >= first:
             return 0
         return self.archive.redacted(topic, partition, start, first)

@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 import pytest
-from kafka import TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from afterclick.serving.errors import ContractError, UnavailableError
@@ -190,6 +190,33 @@ def test_a_hole_between_archive_and_topic_is_refused_by_everybody(
         archive_once(stage.serving, stage.streams, archive)
     with pytest.raises(ContractError, match="the topic starts at"):
         read_topic(stage.streams)
+
+
+@pytest.mark.kafka
+def test_transactions_leave_gaps_and_markers_and_no_hole(stage: Stage, archive: Archive) -> None:
+    """Markers take offsets, aborted records take some, and both may end the log."""
+    topic = stage.streams.clicks_topic
+    producer = KafkaProducer(**client_config(stage.streams), transactional_id=f"t-{topic}")
+    producer.init_transactions()
+    for round_number in range(6):
+        producer.begin_transaction()
+        for n in range(7):
+            producer.send(topic, key=b"k", value=b"%d-%d" % (round_number, n), partition=0)
+        producer.flush()
+        if round_number % 2:
+            producer.abort_transaction()
+        else:
+            producer.commit_transaction()
+        archive_once(stage.serving, stage.streams, archive)
+    producer.close()
+
+    end = stage.ends()[0]
+    joined = JoinedLog(msgspec.structs.replace(stage.streams, archive=""))
+    values = [record.value for record in records_of(joined, topic, [end])]
+    joined.close()
+    assert values == [b"%d-%d" % (n, m) for n in (0, 2, 4) for m in range(7)]
+    assert [record.value for record in records_of(archive, topic, [end])] == values
+    assert archive.edges(topic, 0) == (0, 5 * 8 - 1)
 
 
 def _with(stage: Stage, streams: object) -> Stage:
