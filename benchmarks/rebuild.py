@@ -1,11 +1,13 @@
 """Clicks a second of `afterclick rebuild` beside those of the worker, on the same log in one run.
 
 `python -m benchmarks.rebuild`; the last line is one JSON object. The worker drains a backlog first
-and is timed as in bench.py; then Redis loses all but the inputs lists, rebuild is timed whole, its
-start left out (`rebuild_clicks_per_s`), and verify compares every record and list.
+and is timed as in bench.py; then Redis loses all but the inputs lists, rebuild is timed from its
+first look at the topics to its last write, and verify compares every record and list.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from afterclick.streams.local import local_worker
-from afterclick.streams.rebuild import rebuild
+from afterclick.streams.local import afterclick_argv, local_worker
+from afterclick.streams.rebuild import Rebuilt
 from afterclick.streams.verify import verify
 from benchmarks.drain import Drain
 from benchmarks.ground import Ground, Options, backlog, fill, ground
@@ -29,19 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("items", "units", "users", "clicks", "partitions", "seed"):
         default = 200_000 if name == "clicks" else getattr(fresh, name)
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    options = Options(**vars(given))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    jobs = given.pop("jobs")
+    options = Options(**given)
     with (
         tempfile.TemporaryDirectory(prefix="afterclick-bench-") as folder,
         ground(options, Path(folder)) as stage,
     ):
-        result = _run(stage, Path(folder))
+        result = _run(stage, Path(folder), jobs)
     result["machine"] = machine("")[0]
     sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     return 1 if result["differences"] or result["lost"] else 0
 
 
-def _run(stage: Ground, folder: Path) -> dict[str, object]:
+def _run(stage: Ground, folder: Path, jobs: int) -> dict[str, object]:
     options = stage.options
     fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
     drain = Drain(
@@ -56,7 +60,10 @@ def _run(stage: Ground, folder: Path) -> dict[str, object]:
     for key in stage.redis.scan_iter(count=1000):
         if not key.endswith((b":inputs", b":meta")):
             stage.redis.delete(key)
-    rebuilt = rebuild(stage.serving, stage.streams)
+    argv = [*afterclick_argv("rebuild"), "--json", "--jobs", str(jobs)]
+    env = {**os.environ, **stage.worker_env}
+    ran = subprocess.run(argv, env=env, stdout=subprocess.PIPE, check=True)
+    rebuilt = msgspec.json.decode(ran.stdout.splitlines()[-1], type=Rebuilt)
     checked = verify(stage.serving, stage.streams)
     return {
         "streamed_clicks_per_s": round(streamed.clicks_per_s, 1),
@@ -71,6 +78,7 @@ def _run(stage: Ground, folder: Path) -> dict[str, object]:
         "items": options.items,
         "units": options.units,
         "partitions": options.partitions,
+        "jobs": jobs,
     }
 
 

@@ -14,15 +14,17 @@ later one wins.
 import argparse
 import itertools
 import os
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
+from afterclick.serving.errors import AfterclickError, ConfigError, ContractError, UnavailableError
 from afterclick.serving.manifest import Publication
 from afterclick.serving.records import Head, InputsEntry
 from afterclick.serving.releases import ReleaseStore
@@ -31,6 +33,7 @@ from afterclick.serving.store import PopularityWrite, Store, UserWrite
 from afterclick.streams.admin import TopicsInfo, check_topics
 from afterclick.streams.app import claim_namespace, open_store
 from afterclick.streams.joined import JoinedLog
+from afterclick.streams.local import afterclick_argv
 from afterclick.streams.popularity import BUCKET_MS
 from afterclick.streams.refold import PIECE_RECORDS, Answer, Refold, Releases, in_force
 from afterclick.streams.settings import StreamsSettings, streams_settings
@@ -74,6 +77,7 @@ def rebuild(
     *,
     partition: int | None = None,
     replace: bool = False,
+    jobs: int = 1,
 ) -> Rebuilt:
     """Fill the partitions that have no head, or one.
 
@@ -81,7 +85,9 @@ def rebuild(
         serving: where Redis and the releases are.
         streams: where Kafka and the archive are.
         partition: only this one.
-        replace: take partitions over from workers, too.
+        replace: take partitions over from workers, too; in this process alone.
+        jobs: processes; each takes partitions that this one holds, and reads the environment, which
+            must say what `serving` and `streams` say.
 
     Raises:
         ConfigError: there is nothing to rebuild, or somebody else holds a partition.
@@ -117,13 +123,16 @@ def rebuild(
             )
         done.skipped = len(work) - len(held)
         try:
-            for one in held:
-                one.run(done)
+            if jobs > 1 and len(held) > 1 and not replace:
+                _run_in_processes([one.partition for one in held], jobs, done)
+            else:
+                for one in held:
+                    one.run(done)
         except AfterclickError:
             for one in held:
                 one.give_back()
             raise
-        _tell_unavailable(store, releases, held)
+        _tell_unavailable(store, releases, [one.partition for one in held])
     finally:
         reader.close()
         releases.close()
@@ -326,9 +335,27 @@ def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-def _tell_unavailable(store: Store, releases: Releases, rebuilt: Sequence[_Partition]) -> None:
+def _run_in_processes(partitions: Sequence[int], jobs: int, done: Rebuilt) -> None:
+    """A process a partition, `jobs` at a time: they take the partitions over from this one."""
+
+    def one(partition: int) -> Rebuilt:
+        argv = [*afterclick_argv("rebuild"), "--partition", str(partition), "--json"]
+        ran = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            kind = {2: ConfigError, 3: UnavailableError}.get(ran.returncode, ContractError)
+            raise kind(ran.stderr.strip().removeprefix("afterclick rebuild: "))
+        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=Rebuilt)
+
+    with ThreadPoolExecutor(jobs) as threads:
+        for part in threads.map(one, partitions):
+            for name in ("partitions", "clicks", "users", "lists", "expired"):
+                setattr(done, name, getattr(done, name) + getattr(part, name))
+            done.new_start |= part.new_start
+
+
+def _tell_unavailable(store: Store, releases: Releases, partitions: Sequence[int]) -> None:
     """Readers' set of items not to show, as of the newest items that any partition saw."""
-    entries = [entry for one in rebuilt for entry in one.entries]
+    entries = [entry for partition in partitions for entry in store.inputs(partition)]
     newest = max(entries, key=lambda entry: (sum(entry.items), entry.publication))
     catalog = releases.serving(newest).catalog
     store.write_unavailable(-2, sum(catalog.offsets), [], sorted(catalog.unavailable))
@@ -341,6 +368,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--replace", action="store_true", help="take partitions over from workers, too"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (one a core)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     options = parser.parse_args(argv)
     done = rebuild(
@@ -348,6 +378,7 @@ def main(argv: Sequence[str]) -> int:
         streams_settings(os.environ),
         partition=options.partition,
         replace=options.replace,
+        jobs=options.jobs,
     )
     for number, why in done.new_start.items():
         sys.stderr.write(

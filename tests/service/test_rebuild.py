@@ -48,7 +48,7 @@ def dies(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return answer
 Store.commit = dies
-sys.exit(main(["rebuild"]))
+sys.exit(main(["rebuild", "--jobs", "1"]))
 """
 """`afterclick rebuild` that is killed right after one of its writes."""
 
