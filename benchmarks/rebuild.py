@@ -2,15 +2,19 @@
 
 `python -m benchmarks.rebuild`; the last line is one JSON object. The worker drains a backlog first
 and is timed as in bench.py; then Redis loses all but the inputs lists, rebuild is timed from its
-first look at the topics to its last write, and verify compares every record and list.
+first look at the topics to its last write, and verify compares every record and list. CPU time, of
+the worker's process and of rebuild's with their start, tells more than rates on a shared machine.
 """
 
 import argparse
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,21 +58,28 @@ def _run(stage: Ground, folder: Path, jobs: int) -> dict[str, object]:
         warm_up=options.warm_up,
         limit_s=600.0,
     )
-    with local_worker(stage.worker_env, folder):
+    with local_worker(stage.worker_env, folder) as worker:
         streamed = drain.result()
         _settle(stage)
+        page = urllib.request.urlopen(f"{worker.url}/metrics").read().decode()  # noqa: S310
+    (streamed_cpu_s,) = re.findall(r"^process_cpu_seconds_total (\S+)$", page, re.MULTILINE)
     for key in stage.redis.scan_iter(count=1000):
         if not key.endswith((b":inputs", b":meta")):
             stage.redis.delete(key)
     argv = [*afterclick_argv("rebuild"), "--json", "--jobs", str(jobs)]
     env = {**os.environ, **stage.worker_env}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(argv, env=env, stdout=subprocess.PIPE, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     rebuilt = msgspec.json.decode(ran.stdout.splitlines()[-1], type=Rebuilt)
     checked = verify(stage.serving, stage.streams)
     return {
         "streamed_clicks_per_s": round(streamed.clicks_per_s, 1),
         "rebuild_clicks_per_s": rebuilt.clicks_per_s,
         "ratio": round(rebuilt.clicks_per_s / streamed.clicks_per_s, 2),
+        "streamed_cpu_us_per_click": round(float(streamed_cpu_s) * 1e6 / options.clicks, 1),
+        "rebuild_cpu_us_per_click": round(cpu_s * 1e6 / options.clicks, 1),
         "clicks": rebuilt.clicks,
         "users": rebuilt.users,
         "rebuild_s": rebuilt.seconds,

@@ -82,7 +82,7 @@ class Keys:
 
     def patterns(self, partition: int) -> list[str]:
         """Globs that find everything of a partition; `is_of` sorts out what else they find."""
-        patterns = [f"{{{_glob_escape(self.namespace)}:{partition}}}:*"]
+        patterns = [f"{{{_glob_escape(self._slots)}:{partition}}}:*"]
         if self.layout == "single":
             patterns.append(f"{_glob_escape(self.namespace)}:top:?*")
         return patterns

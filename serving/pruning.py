@@ -63,7 +63,8 @@ def _in_redis(settings: ServingSettings) -> set[str]:
 
 
 def _in_archive(place: Place) -> set[str]:
-    files = [place.read(name) or b"" for name in place.names("inputs/*/p*.jsonl*")]
+    patterns = ("inputs/*/p*.jsonl*", "inputs/*/e*/p*.jsonl*")  # an epoch has its own
+    files = [place.read(name) or b"" for pattern in patterns for name in place.names(pattern)]
     return _named(line for data in files for line in data.splitlines())
 
 

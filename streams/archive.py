@@ -237,6 +237,12 @@ class Archive:
         data = self.place.read(_inputs_name(namespace, partition)) or b""
         return [msgspec.json.decode(line, type=InputsEntry) for line in data.splitlines()]
 
+    def epochs(self, namespace: str) -> bool:
+        """Whether there are copies of a later epoch's inputs lists: users moved to other
+        partitions since the first.
+        """
+        return bool(self.place.names(f"inputs/{namespace}/e*/p*.jsonl"))
+
     def keep_inputs(self, namespace: str, partition: int, entries: Sequence[InputsEntry]) -> None:
         """Copy a partition's inputs list.
 

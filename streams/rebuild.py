@@ -103,9 +103,10 @@ def rebuild(
     try:
         if partition is not None and not 0 <= partition < num:
             raise ConfigError(f"rebuild: {streams.clicks_topic!r} has partitions 0 to {num - 1}")
-        if store.keys.epoch:
+        moved = reader.archive and reader.archive.epochs(serving.namespace)
+        if store.keys.epoch or moved:
             raise ConfigError(
-                f"rebuild: namespace {serving.namespace!r} is in epoch {store.keys.epoch}: its "
+                f"rebuild: namespace {serving.namespace!r} is in an epoch after the first: its "
                 "records go on from those of an epoch before, which this log does not hold; "
                 "restore Redis from its own files, or set another AFTERCLICK_SERVING__NAMESPACE, "
                 "where the retained log is a new start"

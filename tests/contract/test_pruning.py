@@ -33,7 +33,7 @@ def test_what_is_published_new_or_named_by_any_inputs_list_stays(
 ) -> None:
     """A release that a replay needs and that is gone cannot be trained again to the same bytes."""
     folder = tmp_path / "releases"
-    for name in "abcdefgh":
+    for name in "abcdefghi":
         write_tiny_release(folder / name, num_items=30)
     monkeypatch.setenv("AFTERCLICK_SERVING__RELEASES", str(folder))
     main(["releases", "publish", "a"])
@@ -48,13 +48,14 @@ def test_what_is_published_new_or_named_by_any_inputs_list_stays(
         archive = Archive(str(tmp_path / "archive"))
         archive.keep_inputs("afterclick", 0, [entry("d")])
         archive.keep_inputs("afterclick", 0, [entry("e")])  # a new start: d's copy stands aside
+        archive.keep_inputs("afterclick/e1", 0, [entry("f")])
         prune = ["releases", "prune", "--keep", "2", "--archive", archive.place.root]
 
         assert main([*prune, "--dry-run"]) == 0
-        assert capsys.readouterr().out == "would delete f\n"
-        assert (folder / "f").is_dir()
+        assert capsys.readouterr().out == "would delete g\n"
+        assert (folder / "g").is_dir()
         assert main(prune) == 0
-        assert capsys.readouterr().out == "deleted f\n"
+        assert capsys.readouterr().out == "deleted g\n"
         assert main(["releases", "list"]) == 0
-    assert [line[0] for line in capsys.readouterr().out.splitlines()] == list("abcdegh")
+    assert [line[0] for line in capsys.readouterr().out.splitlines()] == list("abcdefhi")
     assert not list(folder.glob(".removed*"))

@@ -290,6 +290,20 @@ def test_without_an_inputs_list_it_is_a_new_start_and_says_so(
     assert main(["rebuild", "--partition", "2"]) == 2
 
 
+def test_a_namespace_whose_users_were_moved_is_refused_even_if_only_the_archive_knows(
+    stage: Stage,
+) -> None:
+    """One user's clicks stand in two partitions then: folded apart, the older list could win."""
+    stage.streams = msgspec.structs.replace(stage.streams, archive=str(stage.folder / "archive"))
+    stage.send(some_clicks(10))
+    archive = Archive(stage.streams.archive)
+    archive.place.replace(f"inputs/{stage.serving.namespace}/e1/p00000.jsonl", b"")
+
+    with pytest.raises(ConfigError, match="in an epoch after the first"):
+        rebuild(stage.serving, stage.streams)
+    assert stage.heads() == {0: 0, 1: 0}
+
+
 @pytest.mark.kafka
 def test_what_kafka_dropped_comes_from_the_archive_and_a_forgotten_user_stays_forgotten(
     streamed: Stage, client: redis.Redis
