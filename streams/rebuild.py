@@ -75,16 +75,16 @@ def rebuild(
     serving: ServingSettings,
     streams: StreamsSettings,
     *,
-    partition: int | None = None,
+    partitions: Sequence[int] = (),
     replace: bool = False,
     jobs: int = 1,
 ) -> Rebuilt:
-    """Fill the partitions that have no head, or one.
+    """Fill the partitions that have no head.
 
     Args:
         serving: where Redis and the releases are.
         streams: where Kafka and the archive are.
-        partition: only this one.
+        partitions: only these; empty for all.
         replace: take partitions over from workers, too; in this process alone.
         jobs: processes; each takes partitions that this one holds, and reads the environment, which
             must say what `serving` and `streams` say.
@@ -101,7 +101,7 @@ def rebuild(
     done = Rebuilt()
     reader, releases = JoinedLog(streams), Releases(serving, streams)
     try:
-        if partition is not None and not 0 <= partition < num:
+        if not set(partitions) <= set(range(num)):
             raise ConfigError(f"rebuild: {streams.clicks_topic!r} has partitions 0 to {num - 1}")
         moved = reader.archive and reader.archive.epochs(serving.namespace)
         if store.keys.epoch or moved:
@@ -113,14 +113,15 @@ def rebuild(
             )
         store.check_server()
         claim_namespace(store, serving, streams, topics)
-        chosen = range(num) if partition is None else [partition]
+        chosen = partitions or range(num)
         work = [_Partition(p, store, reader, releases, serving, streams, topics) for p in chosen]
         # All at once: a worker that finds an empty partition starts to fold it.
         held = [one for one in work if one.hold(replace=replace)]
         if not held:
+            named = ", ".join(map(str, chosen))
             raise ConfigError(
-                f"rebuild: {'every partition' if partition is None else f'partition {partition}'} "
-                "has a head, nothing to rebuild; --replace takes it from the workers"
+                f"rebuild: each of the partitions {named} has a head, nothing to rebuild; "
+                "--replace takes them from the workers"
             )
         done.skipped = len(work) - len(held)
         try:
@@ -337,18 +338,20 @@ def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _run_in_processes(partitions: Sequence[int], jobs: int, done: Rebuilt) -> None:
-    """A process a partition, `jobs` at a time: they take the partitions over from this one."""
+    """`jobs` processes share the partitions; they take them over from this one."""
 
-    def one(partition: int) -> Rebuilt:
-        argv = [*afterclick_argv("rebuild"), "--partition", str(partition), "--json"]
+    def one(share: Sequence[int]) -> Rebuilt:
+        chosen = [argument for number in share for argument in ("--partition", str(number))]
+        argv = [*afterclick_argv("rebuild"), *chosen, "--jobs", "1", "--json"]
         ran = subprocess.run(argv, capture_output=True, text=True, check=False)
         if ran.returncode:
             kind = {2: ConfigError, 3: UnavailableError}.get(ran.returncode, ContractError)
             raise kind(ran.stderr.strip().removeprefix("afterclick rebuild: "))
         return msgspec.json.decode(ran.stdout.splitlines()[-1], type=Rebuilt)
 
+    shares = [partitions[at::jobs] for at in range(min(jobs, len(partitions)))]
     with ThreadPoolExecutor(jobs) as threads:
-        for part in threads.map(one, partitions):
+        for part in threads.map(one, shares):
             for name in ("partitions", "clicks", "users", "lists", "expired"):
                 setattr(done, name, getattr(done, name) + getattr(part, name))
             done.new_start |= part.new_start
@@ -365,7 +368,9 @@ def _tell_unavailable(store: Store, releases: Releases, partitions: Sequence[int
 def main(argv: Sequence[str]) -> int:
     """Fill an empty Redis from topic and archive, as the workers would have left it."""
     parser = argparse.ArgumentParser(prog="afterclick rebuild", description=main.__doc__)
-    parser.add_argument("--partition", type=int, metavar="P", help="one instead of all")
+    parser.add_argument(
+        "--partition", type=int, action="append", metavar="P", help="this one; may be repeated"
+    )
     parser.add_argument(
         "--replace", action="store_true", help="take partitions over from workers, too"
     )
@@ -377,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
     done = rebuild(
         serving_settings(os.environ),
         streams_settings(os.environ),
-        partition=options.partition,
+        partitions=options.partition or (),
         replace=options.replace,
         jobs=options.jobs,
     )

@@ -158,8 +158,8 @@ def test_one_partition_s_lost_head_is_made_good_from_redis_own_inputs(
     client.set(streamed.keys.top(1, stranger), b"{}")
     client.hincrby(streamed.keys.popularity(1, 7), "i1", 5)
 
-    with pytest.raises(ConfigError, match="partition 0 has a head"):
-        rebuild(streamed.serving, streamed.streams, partition=0)
+    with pytest.raises(ConfigError, match="partitions 0 has a head"):
+        rebuild(streamed.serving, streamed.streams, partitions=[0])
     done = rebuild(streamed.serving, streamed.streams)
 
     assert (done.partitions, done.skipped, done.new_start) == (1, 1, {})
