@@ -17,6 +17,7 @@ from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.streams.admin import client_config
 from afterclick.streams.log import STALL_S
 from afterclick.streams.partition import Record, record_of
+from afterclick.streams.security import kafka_arguments
 from afterclick.streams.settings import StreamsSettings
 
 T = TypeVar("T")
@@ -77,7 +78,9 @@ class BulkReader:
     async def _at(self, tp: Any, offset: int) -> Any:
         if self._consumer is None:
             consumer = aiokafka.AIOKafkaConsumer(
-                **client_config(self._settings),
+                bootstrap_servers=client_config(self._settings)["bootstrap_servers"],
+                client_id="afterclick",
+                **kafka_arguments(self._settings),
                 enable_auto_commit=False,
                 auto_offset_reset="none",
                 isolation_level="read_committed",
