@@ -55,7 +55,9 @@ class Outcome(msgspec.Struct, kw_only=True):
     records_taken_back: int
     """By these, altogether: folded, acknowledged by Redis, and folded again."""
     exits: list[str]
-    """Workers that ended by themselves or failed liveness, and what they said."""
+    """Workers that ended by themselves or failed liveness, and what they said. In a storm one may:
+    Faust gives up where Kafka vanishes in the second after the worker's own checks.
+    """
     unready: list[str]
     """What /readyz said of workers that were not ready at the end."""
     recovery_s_median: float
@@ -99,6 +101,8 @@ def run(
             recovery_s.setdefault(name, []).append(round(took_s, 1))
             stood_s.setdefault(name, []).append(round(stood, 1))
         tell(f"   recovered in {took_s:.1f} s, stood still for {stood:.1f} s\n")
+        # The others may have taken over while one still starts: striking then is a storm's part.
+        _unready(all_of)
         all_of.watch.begin()
 
     with deployment(
