@@ -102,7 +102,10 @@ def train(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """Evaluate a release, or settings, on held-out clicks beside every baseline."""
     options = _evaluate_parser().parse_args(argv)
-    if (options.release is None) == (options.config is None):
+    if options.mode == "live":
+        if options.from_s is None or options.release is not None:
+            raise ConfigError("evaluate: --mode live needs --from UNIX_S, and trains by --config")
+    elif (options.release is None) == (options.config is None):
         raise ConfigError("evaluate: give either --release NAME|current or --config TOML")
     if options.config is not None and options.mode == "session" and not options.train:
         raise ConfigError("evaluate: --config trains on --train FILE; --clicks is held out")
@@ -121,6 +124,8 @@ def evaluate(argv: Sequence[str]) -> int:
     if options.mode == "leave-one-out":
         train = without_last(clicks)
     with tempfile.TemporaryDirectory(prefix="afterclick-evaluate-") as folder:
+        if options.mode == "live":
+            return _live(options, msgspec.structs.replace(serving, releases=folder), clicks)
         if options.config is not None:
             serving = msgspec.structs.replace(serving, releases=folder)
             name = _trained(options, serving, train)
@@ -223,9 +228,14 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--items", type=Path, metavar="FILE", help="catalogue, for --config")
     parser.add_argument(
         "--mode",
-        choices=("session", "leave-one-out"),
+        choices=("session", "leave-one-out", "live"),
         default="session",
-        help="predict every click after a sequence's first, or each user's last one",
+        help="predict every click after a sequence's first, each user's last one, or every click "
+        "from --from on through the worker's own path, the trainer re-exporting meanwhile",
+    )
+    parser.add_argument("--from", dest="from_s", type=float, metavar="UNIX_S", help="live begins")
+    parser.add_argument(
+        "--retrain-every", default="24h", help="live: event time between releases (24h); 0: never"
     )
     parser.add_argument("--filter-seen", action="store_true", help="no item a second time")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -234,6 +244,35 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add_click_columns(parser)
     add_item_columns(parser)
     return parser
+
+
+def _live(options: argparse.Namespace, serving: ServingSettings, clicks: "Columns") -> int:
+    from afterclick.streams.demo_source import from_files
+    from afterclick.streams.replay import Pace
+    from afterclick.training.prequential import describe_live, run_live
+    from afterclick.training.schedule import parse_period
+
+    every_s = 0.0 if options.retrain_every == "0" else parse_period(options.retrain_every)
+    source = from_files(
+        options.clicks,
+        options.items,
+        click_columns(options),
+        item_columns(options),
+        train_share=0.5,
+        from_s=options.from_s,
+        pace=Pace(),
+    )
+    live = run_live(
+        source,
+        clicks,
+        training_settings(os.environ, options.config, {}),
+        serving,
+        retrain_every_h=every_s / 3600,
+        tell=lambda line: logging.getLogger(__name__).warning("%s", line),
+    )
+    text = msgspec.json.encode(live).decode() + "\n" if options.json else describe_live(live)
+    sys.stdout.write(text)
+    return 0
 
 
 def _trained(options: argparse.Namespace, serving: ServingSettings, train: "Columns") -> str:

@@ -1,0 +1,79 @@
+"""Prequential evaluation: what is judged, in which order, by the worker's own path."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from afterclick.serving.errors import ConfigError
+from afterclick.training import prequential
+from afterclick.training.cli import evaluate
+from tests.unit.training.worlds import ring
+
+HOUR_MS = 3600 * 1000
+START_MS = 1_700_000_000_000
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten hours of clicks in which users go on; a new item of a known category late."""
+    monkeypatch.setenv("AFTERCLICK_SERVING__PROVIDER", "cpu")
+    monkeypatch.setenv("AFTERCLICK_SERVING__RELEASES", str(tmp_path / "releases"))
+    world = ring(num_users=40, length=12)
+    rows = [
+        f"{user},{item},{START_MS + at * 10 * HOUR_MS // len(world.user)}"
+        for at, (user, item) in enumerate(zip(world.user, world.item, strict=True))
+    ]
+    (tmp_path / "clicks.csv").write_text("user_id,item_id,timestamp_ms\n" + "\n".join(rows))
+    items = [f"i{n:03d},c{n % 3},{START_MS}" for n in range(40)]
+    items.append(f"new,c0,{START_MS + 9 * HOUR_MS}")
+    (tmp_path / "items.csv").write_text("item_id,categories,published_ms\n" + "\n".join(items))
+    (tmp_path / "settings.toml").write_text(
+        'units = 16\ndim = 16\nepochs = 2\nbatch_events = 128\nthreads = 1\ndevice = "cpu"\n'
+    )
+    return tmp_path
+
+
+def live(files: Path, *arguments: str) -> list[str]:
+    return [
+        *("--mode", "live", "--clicks", str(files / "clicks.csv"), "--json"),
+        *("--items", str(files / "items.csv"), "--config", str(files / "settings.toml")),
+        *("--from", str((START_MS + 5 * HOUR_MS) / 1000), *arguments),
+    ]
+
+
+def test_every_live_click_is_judged_once_and_releases_are_swapped_in(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the clicks are live; a release every two hours; the rates are those of the lists that
+    were given, compared with clicks that no list had seen yet.
+    """
+    judged: list[tuple[list[str], str]] = []
+    place = prequential._place
+
+    def watch(items: list[str], item: str) -> int:
+        judged.append((items, item))
+        return place(items, item)
+
+    monkeypatch.setattr(prequential, "_place", watch)
+
+    assert evaluate(live(files, "--retrain-every", "2h")) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["predictions"] == 240
+    assert found["releases"] == 3
+    assert [point["hours"] for point in found["curve"]] == [2, 4, 6]
+    assert sum(point["clicks"] for point in found["curve"]) == 240
+    assert set(found["methods"]) == set(prequential.METHODS)
+    for number, name in enumerate(("standing", "at_click")):
+        lists = judged[number::2]
+        hits = [item in items for items, item in lists]
+        assert all(len(items) == 20 for items, _ in lists)
+        assert found["methods"][name]["hit_rate_20"] == pytest.approx(sum(hits) / len(hits))
+    assert not (files / "releases").exists(), "nothing of an evaluation is published"
+
+
+def test_live_needs_to_know_where_live_begins(files: Path) -> None:
+    """There is no sensible default for the cut."""
+    with pytest.raises(ConfigError, match="--from"):
+        evaluate(["--mode", "live", "--clicks", str(files / "clicks.csv")])
