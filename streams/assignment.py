@@ -28,6 +28,11 @@ IDLE_CHECK_S = 1.0
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 2.0
 """Pauses between two tries while Kafka or Redis is away, doubling."""
 
+DUE_LOOK_S = 10.0
+"""How often marks are looked for that a failover brought back: it may lose a renewal and no write
+of clicks, and then the head says nothing.
+"""
+
 RENEWAL_REST = 2.0
 """Pause after a renewal, as a multiple of what it took: nobody waits for it, but other clicks may.
 """
@@ -150,6 +155,7 @@ class HeldPartition:
         self._inbox = Inbox()
         self._paused = False
         self._renewal = shared.renewal()
+        self._due_looked_s = time.monotonic()
         self._pause_s = RETRY_MIN_S
         self._lost_told = 0
         self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
@@ -259,8 +265,10 @@ class HeldPartition:
 
     async def _renew_some(self) -> bool:
         """Make a few lists that are due, or renew those of a few recent users; false: none."""
-        fold, basis = self._fold, self._shared.basis
-        if not fold.has_due and not self._renewal.pending(basis(), time.monotonic()):
+        fold, now_s = self._fold, time.monotonic()
+        if now_s - self._due_looked_s >= DUE_LOOK_S:
+            fold.has_due, self._due_looked_s = True, now_s  # maybe: a look costs one call
+        if not fold.has_due and not self._renewal.pending(self._shared.basis(), now_s):
             return False
         if self._shared.renewing.locked():
             # Never queue behind another partition's renewal: clicks that come meanwhile would too.

@@ -3,10 +3,12 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from afterclick.streams.assignment import HeldPartition, Shared
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Chunk, LogEdges, Moved, Record
+from afterclick.streams.partition import Chunk, LogEdges, Moved, Record, Renewed
 from afterclick.streams.renewal import Basis, Renewal
 
 BACKLOG_MAX = 4
@@ -60,29 +62,33 @@ class OvertakenFold:
         return Moved([], seek=3, mismatch=True)
 
 
+def shared_with(consumer: Consumer) -> Any:
+    prepared = asyncio.Event()
+    prepared.set()
+    return Shared(
+        prepared=prepared,
+        gate=Gate(),
+        threads=None,  # type: ignore[arg-type]
+        slots=asyncio.Semaphore(1),
+        metrics=Metrics(),
+        moves=consumer,
+        log=consumer,
+        crash=lambda error: None,
+        records_max=2,
+        backlog_max=BACKLOG_MAX,
+        latency_budget_ms=0,
+        renewing=asyncio.Semaphore(1),
+        renewal=lambda: Renewal(0, 0.0, NOTHING, 0.0),
+        basis=lambda: NOTHING,
+    )
+
+
 def test_a_partition_that_seeks_away_from_its_backlog_is_fetched_again() -> None:
     """Its backlog was dropped, so nothing but the seek itself would ever resume it."""
 
     async def scenario() -> Consumer:
         consumer, fold = Consumer(), OvertakenFold()
-        prepared = asyncio.Event()
-        prepared.set()
-        shared: Any = Shared(
-            prepared=prepared,
-            gate=Gate(),
-            threads=None,  # type: ignore[arg-type]
-            slots=asyncio.Semaphore(1),
-            metrics=Metrics(),
-            moves=consumer,
-            log=consumer,
-            crash=lambda error: None,
-            records_max=2,
-            backlog_max=BACKLOG_MAX,
-            latency_budget_ms=0,
-            renewing=asyncio.Semaphore(1),
-            renewal=lambda: Renewal(0, 0.0, NOTHING, 0.0),
-            basis=lambda: NOTHING,
-        )
+        shared = shared_with(consumer)
         held: Any = HeldPartition(fold, shared)  # type: ignore[arg-type]
         await consumer.sought.wait()
         records = [Record(n, 0, b"u", b"{}") for n in range(2 * BACKLOG_MAX)]
@@ -97,3 +103,29 @@ def test_a_partition_that_seeks_away_from_its_backlog_is_fetched_again() -> None
     consumer = asyncio.run(scenario())
     assert consumer.seeks == [0, 3]
     assert not consumer.paused
+
+
+class LostRenewalFold(OvertakenFold):
+    """A fold that stands where it stood, with marks in Redis that it does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = asyncio.Event()
+
+    def renew_due(self, limit: int) -> Renewed:
+        self.has_due = False
+        self.looked.set()
+        return Renewed()
+
+
+def test_marks_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failover that lost a renewal only leaves the head as it was: nothing else would tell."""
+    monkeypatch.setattr("afterclick.streams.assignment.DUE_LOOK_S", 0.0)
+
+    async def scenario() -> None:
+        fold: Any = LostRenewalFold()
+        held = HeldPartition(fold, shared_with(Consumer()))
+        await asyncio.wait_for(fold.looked.wait(), 10)
+        await held.stop()
+
+    asyncio.run(scenario())
