@@ -20,16 +20,15 @@ import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import faust
 import mode
-import msgspec
 from faust.types import TP
 
 from afterclick.serving.engine import choose_provider
-from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
-from afterclick.serving.keys import Keys, Meta, partition_of
+from afterclick.serving.errors import ContractError, UnavailableError
+from afterclick.serving.keys import partition_of
 from afterclick.serving.records import TopList, encode_list
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
@@ -42,16 +41,17 @@ from afterclick.streams.fold import Folded, fold
 from afterclick.streams.health import HealthServer
 from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import DeadLetter, Limits, LogEdges, PartitionFold, record_crc
+from afterclick.streams.namespace import claim_namespace, grown_words, wait_for_redis
+from afterclick.streams.partition import PartitionFold
+from afterclick.streams.piece import Limits
 from afterclick.streams.popularity import Popularity
+from afterclick.streams.record import DeadLetter, LogEdges, record_crc
 from afterclick.streams.renewal import Basis, Renewal
 from afterclick.streams.repeats import keep_back_repeats
 from afterclick.streams.runtime import Runtime, UnavailableChange
 from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.watchdog import Look, Watchdog
-
-S = TypeVar("S", bound=Store)
 
 SUMMARY_ITEMS = 500
 """Items of a partition's popularity that enter the fallback list."""
@@ -233,7 +233,8 @@ class Worker:
         topics = check_topics(self.streams)
         if partition >= known:
             raise ContractError(
-                _grown(self.streams, topics.clicks_partitions, known), reason="partitions-changed"
+                grown_words(self.streams, topics.clicks_partitions, known),
+                reason="partitions-changed",
             )
         start, end = self._log.edges(self.streams.clicks_topic, partition)
         return LogEdges(topics.clicks_id, start, end)
@@ -500,10 +501,10 @@ def run_worker(
     topics = check_topics(streams, streams.start_timeout_s)
     for note in topics.notes:
         log.warning("%s", note)
-    store = _wait_for_redis(serving, topics, streams.start_timeout_s)
+    store = wait_for_redis(serving, topics, streams.start_timeout_s)
     claim_namespace(store, serving, streams, topics)
     if topics.clicks_partitions > store.keys.partitions:
-        log.error("%s", _grown(streams, topics.clicks_partitions, store.keys.partitions))
+        log.error("%s", grown_words(streams, topics.clicks_partitions, store.keys.partitions))
     worker = Worker(serving, streams, topics, store)
     health = HealthServer(
         streams.host, streams.port, worker.live, worker.ready, worker.metrics.registry
@@ -512,70 +513,6 @@ def run_worker(
     log.info("health and metrics on port %d", health.port)
     runner = _Runner(worker.app, stop_timeout_s=streams.stop_timeout_s, loglevel=log_level)
     runner.execute_from_commandline()
-
-
-def open_store(serving: ServingSettings, topics: TopicsInfo) -> Store:
-    """The store of a namespace, in the epoch and with the partitions that it has.
-
-    Raises:
-        ConfigError: its records are of another topic, of more partitions, or of another layout.
-        UnavailableError: Redis does not answer.
-    """
-    store = new_store(serving, Keys(serving.namespace, layout=serving.layout), Store)
-    meta = store.read_meta()
-    if meta is not None:
-        _check_meta(meta, serving, topics)
-    store.keys = Keys(
-        serving.namespace,
-        layout=serving.layout,
-        partitions=meta.partitions if meta and meta.partitions else topics.clicks_partitions,
-        epoch=meta.epoch if meta else 0,
-    )
-    return store
-
-
-def new_store(serving: ServingSettings, keys: Keys, kind: type[S]) -> S:
-    """A store under the given names, whatever stands there."""
-    window_s = Popularity(
-        half_life_s=serving.popularity_half_life_s, items_max=serving.popularity_items_max
-    ).window_s
-    return kind(
-        serving.redis,
-        keys,
-        record_ttl_s=serving.record_ttl_s,
-        popularity_ttl_s=2 * window_s + 86400,
-    )
-
-
-def _grown(streams: StreamsSettings, num: int, known: int) -> str:
-    return (
-        f"topic {streams.clicks_topic!r} has {num} partitions, records are spread over {known}: "
-        "the new ones wait until `afterclick migrate` has moved their users there; the others are "
-        "folded on"
-    )
-
-
-def _check_meta(meta: Meta, serving: ServingSettings, topics: TopicsInfo) -> None:
-    where = f"namespace {serving.namespace!r}"
-    if meta.layout != serving.layout:
-        raise ConfigError(
-            f"{where}: its lists stand under the layout {meta.layout!r}, "
-            f"AFTERCLICK_SERVING__LAYOUT is {serving.layout!r}: readers would look for users where "
-            "they are not; set it back, or set another AFTERCLICK_SERVING__NAMESPACE"
-        )
-    if meta.topic_id and topics.clicks_id and meta.topic_id != topics.clicks_id:
-        raise ConfigError(
-            f"{where}: its records are folded from topic {meta.topic!r} with id {meta.topic_id}, "
-            f"the topic now has {topics.clicks_id}: it was created anew, or is another one; "
-            "`afterclick migrate` carries the users over; another AFTERCLICK_SERVING__NAMESPACE "
-            "starts over"
-        )
-    if meta.partitions > topics.clicks_partitions:
-        raise ConfigError(
-            f"{where}: its records are spread over {meta.partitions} partitions, the topic has "
-            f"{topics.clicks_partitions}; `afterclick migrate` carries the users over; another "
-            "AFTERCLICK_SERVING__NAMESPACE starts over"
-        )
 
 
 class _Runner(faust.Worker):
@@ -598,37 +535,3 @@ def _give_up(timeout_s: float) -> None:
     )
     sys.stderr.flush()
     os._exit(0)
-
-
-def _wait_for_redis(serving: ServingSettings, topics: TopicsInfo, timeout_s: float) -> Store:
-    until_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            store = open_store(serving, topics)
-            store.check_server()
-            return store
-        except UnavailableError as error:
-            if time.monotonic() > until_s:
-                raise UnavailableError(f"{error}; waited {timeout_s:.0f} s") from error
-            log.warning("%s; trying again", error)
-            time.sleep(0.5)
-
-
-def claim_namespace(
-    store: Store, serving: ServingSettings, streams: StreamsSettings, topics: TopicsInfo
-) -> None:
-    """Tell readers where lists stand, and ourselves later whose log the records are of."""
-    while True:
-        stored = store.stored_meta()
-        found = msgspec.json.decode(stored, type=Meta) if stored else None
-        new = Meta(layout=serving.layout, partitions=topics.clicks_partitions)
-        if found is not None:
-            _check_meta(found, serving, topics)
-            new = msgspec.structs.replace(found, partitions=found.partitions or new.partitions)
-        new = msgspec.structs.replace(
-            new, topic=streams.clicks_topic, topic_id=topics.clicks_id, k=serving.k
-        )
-        if new.epoch != store.keys.epoch or new.partitions != store.keys.partitions:
-            raise UnavailableError(f"namespace {serving.namespace!r}: migrated just now; try again")
-        if store.write_meta(stored, new):
-            return

@@ -31,7 +31,7 @@ from afterclick.serving.errors import ContractError
 from afterclick.serving.place import Place
 from afterclick.serving.records import InputsEntry
 from afterclick.streams.events import decode_click
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 
 FILE_RECORDS_MAX = 200_000
 FILE_BYTES_MAX = 64 << 20

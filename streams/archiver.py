@@ -19,9 +19,9 @@ import msgspec
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.streams.admin import TopicsInfo, check_topics
-from afterclick.streams.app import open_store
 from afterclick.streams.archive import Archive, cut
 from afterclick.streams.joined import JoinedLog
+from afterclick.streams.namespace import open_store
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
 EVERY_S = 600.0

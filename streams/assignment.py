@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Applied, Chunk, LogEdges, PartitionFold, Renewed
+from afterclick.streams.partition import Applied, PartitionFold, Renewed
+from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.renewal import BATCH_USERS, Basis, Renewal
 
 IDLE_CHECK_S = 1.0

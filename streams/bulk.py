@@ -16,7 +16,7 @@ import aiokafka.errors
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.streams.admin import client_config
 from afterclick.streams.log import STALL_S
-from afterclick.streams.partition import Record, record_of
+from afterclick.streams.record import Record, record_of
 from afterclick.streams.security import kafka_arguments
 from afterclick.streams.settings import StreamsSettings
 

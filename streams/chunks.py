@@ -23,7 +23,7 @@ from faust.serializers.schemas import Schema
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP
 
-from afterclick.streams.partition import Chunk, record_of
+from afterclick.streams.record import Chunk, record_of
 
 FETCH_WAIT_S = 0.5
 """Longest wait for records before pending seeks are looked at again."""

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from afterclick.serving.errors import UnavailableError
 from afterclick.streams.admin import client_config, dead_letters_topic
-from afterclick.streams.partition import DeadLetter
+from afterclick.streams.record import DeadLetter
 from afterclick.streams.settings import StreamsSettings
 
 ACK_TIMEOUT_S = 30.0

@@ -22,7 +22,7 @@ from afterclick.streams.admin import client_config, dead_letters_topic
 from afterclick.streams.bookmark import Bookmark
 from afterclick.streams.deadletters import ACK_TIMEOUT_S, OURS, REPLAYS
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
 REPLAYS_MAX = 3

@@ -12,7 +12,7 @@ from afterclick.streams.admin import check_topics
 from afterclick.streams.archive import Archive
 from afterclick.streams.bulk import BulkReader
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 from afterclick.streams.settings import StreamsSettings
 
 

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError
 
 from afterclick.serving.errors import UnavailableError
 from afterclick.streams.admin import client_config
-from afterclick.streams.partition import Record, record_of
+from afterclick.streams.record import Record, record_of
 from afterclick.streams.settings import StreamsSettings
 
 STALL_S = 30.0

@@ -23,7 +23,6 @@ from afterclick.serving.records import Head
 from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.serving.store import Store
 from afterclick.streams.admin import TopicsInfo, check_topics, topic_id
-from afterclick.streams.app import new_store
 from afterclick.streams.beginnings import (
     Left,
     first_head,
@@ -32,6 +31,7 @@ from afterclick.streams.beginnings import (
     read_left,
 )
 from afterclick.streams.log import LogReader
+from afterclick.streams.namespace import new_store
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
 BASE_KEPT_S = 7 * 86400

@@ -10,9 +10,8 @@ the simulation drives it the same way. It holds the exactly-once rules of docs/a
 """
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -21,7 +20,6 @@ from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.records import (
     Head,
     InputsEntry,
-    TopList,
     UserRecord,
     decode_record,
     decode_stored,
@@ -29,56 +27,12 @@ from afterclick.serving.records import (
     rules_digest,
 )
 from afterclick.serving.settings import ListRules
-from afterclick.serving.store import Due, PopularityWrite, Read, Standing, UserWrite
-from afterclick.streams.events import FoldEvent, decode_click
+from afterclick.serving.store import PopularityWrite, Read, Standing, UserWrite
+from afterclick.streams.events import FoldEvent
 from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold, renew
+from afterclick.streams.piece import Limits, Piece, answers, take, user_writes, within_rebuilds
 from afterclick.streams.popularity import Popularity
-
-
-class Record(NamedTuple):
-    """One log record as Kafka gave it."""
-
-    offset: int
-    timestamp_ms: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
-
-
-def record_of(raw: Any) -> Record:
-    """A record of aiokafka or kafka-python, which name its parts alike."""
-    return Record(raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))
-
-
-class Chunk(NamedTuple):
-    """Records of one partition, in order; transaction markers and compaction leave gaps between
-    them.
-    """
-
-    begin: int
-    """Where the fetch was asked, or the previous chunk's end."""
-    end: int
-    """Offset after the last record."""
-    records: Sequence[Record]
-    rewound: bool = False
-    """The broker sent the consumer back before `begin`, unasked: this may be another log now."""
-
-
-class DeadLetter(NamedTuple):
-    """A record that broke the contract, and why."""
-
-    record: Record
-    reason: str
-    message: str
-
-
-class LogEdges(NamedTuple):
-    """What the broker says of a partition."""
-
-    topic_id: str
-    """Empty where the broker has none."""
-    start: int
-    end: int
+from afterclick.streams.record import Chunk, DeadLetter, LogEdges, Record, record_crc
 
 
 class Serving(NamedTuple):
@@ -114,20 +68,6 @@ class PartitionStore(Protocol):
     def renew(  # noqa: D102
         self, partition: int, expected: bytes, users: Sequence[UserWrite]
     ) -> bytes | None: ...
-
-
-class Limits(NamedTuple):
-    """Bounds of one write."""
-
-    users_max: int
-    records_max: int
-    bytes_max: int
-    cache_users_max: int = 20_000
-    """Records kept decoded between chunks: about 2 KB each."""
-    rebuilds_max: int = 64
-    """Users of another publication rebuilt in one write, 50 steps each at worst: they come first at
-    a swap, and whoever waits behind them waits no longer than that.
-    """
 
 
 class Applied(NamedTuple):
@@ -303,7 +243,7 @@ class PartitionFold:
             if self._is_ahead_of(serving):
                 self._torn = False
                 return Moved(applied, waiting_for=self._head.publication)
-            written = self._write(self._take(records), serving, put_off=put_off)
+            written = self._write(take(records, self._limits), serving, put_off=put_off)
             if written is None:
                 self._reload()
                 return Moved(applied, seek=self._head.next, mismatch=True)
@@ -343,9 +283,9 @@ class PartitionFold:
             return self._overtaken()
         wanted: dict[str, tuple[UserRecord | None, int, int]] = {}
         for user_id, user in zip(user_ids, standing, strict=True):
-            if (answers := _answers(user, inputs)) is not None:
+            if (event := answers(user, inputs)) is not None:
                 record = decode_record(user.record) if user.record else None
-                wanted[user_id] = (record, *answers)
+                wanted[user_id] = (record, *event)
         folded = renew(wanted, partition=self.partition, inputs=inputs, release=release)
         rebuilt = {
             user_id: record
@@ -431,34 +371,9 @@ class PartitionFold:
             reason="head-before-start",
         )
 
-    def _take(self, records: Sequence[Record]) -> list[tuple[Record, FoldEvent | DeadLetter]]:
-        """As many records from the front as one write may cover, decoded."""
-        piece: list[tuple[Record, FoldEvent | DeadLetter]] = []
-        users: set[str] = set()
-        size = 0
-        for record in records:
-            size += len(record.value or b"")
-            if piece and (len(piece) >= self._limits.records_max or size > self._limits.bytes_max):
-                break
-            try:
-                event = decode_click(
-                    record.key,
-                    record.value,
-                    offset=record.offset,
-                    record_ms=record.timestamp_ms,
-                )
-            except ContractError as error:
-                piece.append((record, DeadLetter(record, error.reason, str(error))))
-                continue
-            if event.user_id not in users and len(users) >= self._limits.users_max:
-                break
-            users.add(event.user_id)
-            piece.append((record, event))
-        return piece
-
     def _write(
         self,
-        piece: list[tuple[Record, FoldEvent | DeadLetter]],
+        piece: Piece,
         serving: Serving,
         *,
         put_off: bool,
@@ -469,7 +384,7 @@ class PartitionFold:
         if records is None:
             return None
         inputs, entry = self._inputs(serving)
-        piece = self._within_rebuilds(piece, records, inputs)
+        piece = within_rebuilds(piece, records, inputs.publication, self._limits.rebuilds_max)
         events = [event for _, event in piece if isinstance(event, FoldEvent)]
         letters = [letter for _, letter in piece if isinstance(letter, DeadLetter)]
         if letters:
@@ -495,7 +410,7 @@ class PartitionFold:
             watermark_ms=self._popularity.watermark_ms,
         )
         came_ms = {record.offset: record.timestamp_ms for record, _ in piece}
-        users = _user_writes(folded, came_ms)
+        users = user_writes(folded, came_ms)
         hours = [PopularityWrite(hour, counts) for hour, counts in folded.popularity.items()]
         if self._store.commit(self.partition, self._stored, head, entry, users, hours) is not None:
             return None
@@ -511,24 +426,6 @@ class PartitionFold:
             oldest_ms=min(came_ms.values()),
             put_off=len(folded.due),
         )
-
-    def _within_rebuilds(
-        self,
-        piece: list[tuple[Record, FoldEvent | DeadLetter]],
-        records: dict[str, UserRecord | None],
-        inputs: Inputs,
-    ) -> list[tuple[Record, FoldEvent | DeadLetter]]:
-        """The part of a piece that has no more users to rebuild than one write may."""
-        stale: set[str] = set()
-        for at, (_, event) in enumerate(piece):
-            if isinstance(event, DeadLetter):
-                continue
-            record = records[event.user_id]
-            if record is not None and record.publication != inputs.publication:
-                stale.add(event.user_id)
-                if len(stale) > self._limits.rebuilds_max:
-                    return piece[:at]
-        return piece
 
     def _head_under(self, inputs: Inputs) -> Head:
         """The head in hand under the inputs given, with a batch id of its own."""
@@ -638,32 +535,3 @@ class PartitionFold:
             half_life_s=self._rules.popularity_half_life_s,
             items_max=self._rules.popularity_items_max,
         )
-
-
-def record_crc(key: bytes | None, value: bytes | None) -> int:
-    """What the head keeps of the last record folded, to recognise the log."""
-    return zlib.crc32(value or b"", zlib.crc32(key or b""))
-
-
-def _user_writes(folded: Folded, came_ms: dict[int, int]) -> list[UserWrite]:
-    writes = []
-    for user, record in folded.records.items():
-        due = None
-        if user in folded.due:
-            offset, event_ms = folded.due[user]
-            due = Due(offset, event_ms, came_ms[offset])
-        packed = encode_record(record) if record else b""
-        writes.append(UserWrite(user, packed, folded.lists.get(user, b""), due))
-    return writes
-
-
-def _answers(user: Standing, inputs: Inputs) -> tuple[int, int] | None:
-    """Offset and time of the event that a user's list must answer, None where it stands so."""
-    if user.due is not None:
-        return user.due.offset, user.due.event_ms
-    if user.list_data is None:
-        return None
-    top = decode_stored(user.list_data, TopList, "list")
-    if (top.publication, top.items_offset) == (inputs.publication, list(inputs.items)):
-        return None
-    return top.offset, top.event_ms

@@ -31,9 +31,9 @@ from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ListRules, ServingSettings, serving_settings
 from afterclick.serving.store import PopularityWrite, Store, UserWrite
 from afterclick.streams.admin import TopicsInfo, check_topics
-from afterclick.streams.app import claim_namespace, open_store
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.local import afterclick_argv
+from afterclick.streams.namespace import claim_namespace, open_store
 from afterclick.streams.popularity import BUCKET_MS
 from afterclick.streams.refold import PIECE_RECORDS, Answer, Refold, Releases, in_force
 from afterclick.streams.settings import StreamsSettings, streams_settings

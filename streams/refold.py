@@ -24,7 +24,9 @@ from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.fold import Inputs, renew
 from afterclick.streams.joined import JoinedLog
-from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record, Serving
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.replica import Replica
 from afterclick.streams.runtime import read_items
 from afterclick.streams.settings import StreamsSettings

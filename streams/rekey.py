@@ -23,7 +23,7 @@ from afterclick.streams.bookmark import Bookmark
 from afterclick.streams.deadletters import ACK_TIMEOUT_S, DeadLetters
 from afterclick.streams.events import decode_click
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import DeadLetter, Record
+from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings, streams_settings
 
 FOLLOW_EVERY_S = 0.2

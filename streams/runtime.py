@@ -30,7 +30,8 @@ from afterclick.streams.fold import rank_states
 from afterclick.streams.gate import Gate
 from afterclick.streams.log import LogReader, Tail
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import DeadLetter, Record, Serving
+from afterclick.streams.partition import Serving
+from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings
 
 ITEMS_EVERY_S = 1.0

@@ -37,9 +37,9 @@ from afterclick.serving.records import (
 from afterclick.serving.settings import ServingSettings, serving_settings
 from afterclick.serving.store import Standing, Store
 from afterclick.streams.admin import check_topics
-from afterclick.streams.app import new_store, open_store
 from afterclick.streams.beginnings import Base, has_base
 from afterclick.streams.joined import JoinedLog
+from afterclick.streams.namespace import new_store, open_store
 from afterclick.streams.refold import Answer, Refold, Releases, in_force
 from afterclick.streams.settings import StreamsSettings, streams_settings
 

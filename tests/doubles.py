@@ -1,7 +1,7 @@
 """Logs for unit tests, and chunks cut from them."""
 
 from afterclick.streams.events import Click, encode
-from afterclick.streams.partition import Chunk, Record
+from afterclick.streams.record import Chunk, Record
 
 
 def log_of(

@@ -19,7 +19,7 @@ from afterclick.training.data import Columns
 if TYPE_CHECKING:
     from afterclick.streams.columns import ClickColumns, ItemColumns
     from afterclick.streams.joined import JoinedLog
-    from afterclick.streams.partition import Record
+    from afterclick.streams.record import Record
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 from afterclick.streams.admin import dead_letters_topic
 from afterclick.streams.deadletters import KEY_BYTES_MAX, DeadLetters
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import DeadLetter, Record
+from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings
 
 pytestmark = pytest.mark.service

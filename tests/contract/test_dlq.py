@@ -15,7 +15,7 @@ from afterclick.streams.admin import client_config
 from afterclick.streams.deadletters import DeadLetters
 from afterclick.streams.events import decode_click
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import DeadLetter, Record
+from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings
 
 pytestmark = pytest.mark.service

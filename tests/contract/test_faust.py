@@ -40,8 +40,8 @@ from afterclick.streams.admin import client_config
 from afterclick.streams.chunks import ChunkConsumer, ChunkTransport, CommittedConsumerThread
 from afterclick.streams.local import Redis
 from afterclick.streams.log import LogReader, new_consumer
-from afterclick.streams.partition import record_of
 from afterclick.streams.processes import free_port
+from afterclick.streams.record import record_of
 from afterclick.streams.settings import StreamsSettings
 from tests.conftest import ROOT
 

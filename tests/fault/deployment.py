@@ -18,8 +18,8 @@ import msgspec
 
 from afterclick.serving.store import Store
 from afterclick.streams.admin import check_topics, create_topics
-from afterclick.streams.app import open_store
 from afterclick.streams.local import Redis, Server, Worker, local_broker, local_kafka, readiness
+from afterclick.streams.namespace import open_store
 from afterclick.streams.processes import free_port
 from afterclick.streams.settings import StreamsSettings
 from tests.fault.load import Load

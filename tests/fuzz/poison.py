@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 
 NOW_MS = 1_700_000_000_000
 NUM_USERS = 20

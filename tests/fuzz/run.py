@@ -23,14 +23,9 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.records import TopList, decode_record
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
-from afterclick.streams.partition import (
-    DeadLetter,
-    Limits,
-    LogEdges,
-    PartitionFold,
-    Record,
-    Serving,
-)
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import DeadLetter, LogEdges, Record
 from afterclick.streams.replica import Replica
 from tests.doubles import cut
 from tests.fuzz.poison import Sent, stream

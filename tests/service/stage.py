@@ -16,10 +16,10 @@ from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.serving.store import Store
 from afterclick.streams.admin import check_topics, client_config
-from afterclick.streams.app import open_store
 from afterclick.streams.events import Click, Item, encode
 from afterclick.streams.local import Worker, local_worker
 from afterclick.streams.log import LogReader
+from afterclick.streams.namespace import open_store
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.verify import Report, verify
 from tests.tiny_release import write_tiny_release

@@ -17,7 +17,7 @@ from afterclick.streams.archiver import LOCK_NAME, archive_once
 from afterclick.streams.events import Click, Item
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 from afterclick.training.data import build_log
 from afterclick.training.sources import read_topic
 from tests.service.stage import Stage, some_clicks

@@ -22,13 +22,15 @@ from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules
 from afterclick.serving.store import Due, Store, UserWrite
 from afterclick.streams.admin import check_topics, client_config, create_topics, topic_id
-from afterclick.streams.app import new_store
 from afterclick.streams.events import Click
 from afterclick.streams.local import afterclick_argv, readiness
 from afterclick.streams.migrate import drop_old, migrate
-from afterclick.streams.partition import Limits, LogEdges, PartitionFold, Serving
+from afterclick.streams.namespace import new_store
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
 from afterclick.streams.processes import free_port
 from afterclick.streams.rebuild import rebuild
+from afterclick.streams.record import LogEdges
 from afterclick.streams.replica import Replica
 from afterclick.streams.settings import StreamsSettings
 from tests.doubles import cut, log_of

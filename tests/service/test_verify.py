@@ -13,7 +13,9 @@ from afterclick.serving.settings import ListRules
 from afterclick.streams.admin import check_topics
 from afterclick.streams.events import Click, Item
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold
+from afterclick.streams.partition import PartitionFold
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.refold import Releases
 from tests.service.stage import Stage, some_clicks
 

@@ -23,7 +23,9 @@ from afterclick.serving.records import (
 )
 from afterclick.streams.events import decode_click
 from afterclick.streams.fold import Inputs, renew
-from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record
+from afterclick.streams.partition import PartitionFold
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.replica import Replica
 from tests.simulation.plan import PARTITIONS, Plan, offsets
 from tests.simulation.redis_double import Server, Value

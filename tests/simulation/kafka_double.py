@@ -15,7 +15,7 @@ from faust.types import TP
 
 from afterclick.serving.errors import UnavailableError
 from afterclick.streams.chunks import ChunkConsumer
-from afterclick.streams.partition import LogEdges, record_crc
+from afterclick.streams.record import LogEdges, record_crc
 from tests.simulation.clock import Process, VirtualLoop
 from tests.simulation.plan import PARTITIONS, Plan, offsets
 

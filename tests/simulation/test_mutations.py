@@ -13,7 +13,9 @@ from afterclick.serving.store import Read, Store
 from afterclick.streams.assignment import HeldPartition
 from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.events import Click
-from afterclick.streams.partition import Limits, LogEdges, PartitionFold
+from afterclick.streams.partition import PartitionFold
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import LogEdges
 from afterclick.streams.replica import Replica
 from tests.doubles import cut, log_of
 from tests.simulation.plan import RULES

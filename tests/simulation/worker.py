@@ -21,7 +21,9 @@ from afterclick.streams.app import Worker
 from afterclick.streams.assignment import Shared
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Chunk, DeadLetter, Limits, Moved, PartitionFold, Serving
+from afterclick.streams.partition import Moved, PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, DeadLetter
 from tests.simulation.clock import Process, VirtualLoop
 from tests.simulation.kafka_double import TOPIC, Broker, BrokerClient, SimulatedConsumer
 from tests.simulation.plan import PARTITIONS, RULES, START_MS

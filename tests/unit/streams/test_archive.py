@@ -13,7 +13,7 @@ from afterclick.serving.records import InputsEntry
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.archive import Archive, cut
 from afterclick.streams.events import Click, encode
-from afterclick.streams.partition import Record
+from afterclick.streams.record import Record
 from tests.doubles import log_of
 
 DAY_MS = 86_400_000

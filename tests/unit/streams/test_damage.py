@@ -26,7 +26,9 @@ from afterclick.serving.records import (
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click
-from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Serving
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.replica import Replica
 from tests.doubles import log_of
 from tests.fuzz.poison import STRANGE

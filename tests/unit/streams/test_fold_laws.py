@@ -14,7 +14,9 @@ from afterclick.serving.records import Head, TopList, decode_record, item_hash, 
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click, Item
-from afterclick.streams.partition import Chunk, Limits, LogEdges, PartitionFold, Record, Serving
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.replica import Replica
 from tests.doubles import cut, log_of
 from tests.tiny_release import digest_of, write_tiny_release

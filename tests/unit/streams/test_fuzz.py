@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from afterclick.serving.errors import ContractError
 from afterclick.serving.releases import LoadedRelease
-from afterclick.streams import partition
+from afterclick.streams import piece
 from afterclick.streams.events import FoldEvent, decode_click, decode_item
 from tests.fuzz.poison import STRANGE, stream
 from tests.fuzz.run import REASONS, examine, load_release
@@ -57,7 +57,7 @@ def test_the_examination_notices_what_it_is_for(
                 )
             raise
 
-    monkeypatch.setattr(partition, "decode_click", careless)
+    monkeypatch.setattr(piece, "decode_click", careless)
     rng = random.Random("1/0")
 
     assert any(

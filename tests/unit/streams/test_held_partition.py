@@ -8,7 +8,8 @@ import pytest
 from afterclick.streams.assignment import HeldPartition, Shared
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Chunk, LogEdges, Moved, Record, Renewed
+from afterclick.streams.partition import Moved, Renewed
+from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.renewal import Basis, Renewal
 
 BACKLOG_MAX = 4

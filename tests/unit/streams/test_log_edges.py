@@ -9,15 +9,9 @@ from afterclick.serving.catalog import Catalog
 from afterclick.serving.errors import ContractError
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click
-from afterclick.streams.partition import (
-    Chunk,
-    Limits,
-    LogEdges,
-    PartitionFold,
-    Record,
-    Serving,
-    record_crc,
-)
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, LogEdges, Record, record_crc
 from afterclick.streams.replica import Replica
 from tests.doubles import log_of
 

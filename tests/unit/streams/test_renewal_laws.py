@@ -8,7 +8,8 @@ import pytest
 from afterclick.serving.records import Head, TopList
 from afterclick.serving.releases import LoadedRelease
 from afterclick.streams.events import Click, Item
-from afterclick.streams.partition import Chunk, PartitionFold
+from afterclick.streams.partition import PartitionFold
+from afterclick.streams.record import Chunk
 from afterclick.streams.replica import Replica
 from tests.doubles import cut, log_of
 from tests.unit.streams.test_fold_laws import (

@@ -10,7 +10,8 @@ from afterclick.serving.errors import ContractError
 from afterclick.streams.assignment import HeldPartition, Shared, State
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Chunk, LogEdges, Moved, Record
+from afterclick.streams.partition import Moved
+from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.renewal import Basis, Renewal
 
 WAIT_S = 20.0
