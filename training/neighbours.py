@@ -35,6 +35,9 @@ LONG = 0.995
 sessions are shops' robots, and neighbours of everybody.
 """
 
+ENTRIES_MAX = 1 << 22
+"""Sessions, or items of neighbours, held at once: about 200 MB with their sort keys."""
+
 REPEATS = 0.05
 """Share of immediate repeats in training from which the last item is a likely next one."""
 
@@ -84,6 +87,9 @@ class SessionNeighbours:
         self._post_end_N = np.minimum(begin_N1[1:], begin_N1[:-1] + options.recent)
         sessions_N = np.maximum(np.diff(begin_N1), 1)
         self._factor_N = 1 + options.idf_weight * np.log(max(len(item_E), 1) / sessions_N)
+        looked_at = options.last_items * options.recent
+        of_neighbours = options.neighbours * -(-len(item_E) // max(self._num_sessions, 1))
+        self._rows_max = max(1, ENTRIES_MAX // max(looked_at, of_neighbours))
         self.drops_last = options.drop_last == "yes" or (
             options.drop_last == "auto" and _repeats(train) < REPEATS
         )
@@ -97,6 +103,10 @@ class SessionNeighbours:
         Cost: of the order of `last_items` x `recent` entries sorted per prediction.
         """
         num_rows, num_items = len(at_X), self._num_items
+        if num_rows > self._rows_max:
+            size = self._rows_max
+            parts = [at_X[begin : begin + size] for begin in range(0, num_rows, size)]
+            return np.concatenate([self.scores(sequences, part) for part in parts])
         row_E, place_E, length_X, last_X = self._last_items(sequences, at_X)
         row_E, session_E, similarity_E, place_E = self._similar(row_E, place_E, length_X)
         near = self._nearest(row_E, similarity_E, num_rows)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afterclick.training import neighbours
 from afterclick.training.data import UNKNOWN, Sequences, held_out
 from afterclick.training.neighbours import Neighbourhood, SessionNeighbours
 
@@ -99,3 +100,14 @@ def test_sessions_that_ended_last_are_the_newest() -> None:
     scores = SessionNeighbours(early, NUM_ITEMS, options).scores(sequences([[0, 1]]), np.array([1]))
 
     assert np.flatnonzero(np.isfinite(scores[0])).tolist() == [1]
+
+
+def test_long_sessions_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users with hundreds of items would need gigabytes at once; the scores are the same."""
+    train, held = sequences([[0, 1, 2], [1, 2, 3], [3, 4]]), sequences([[1, 2, 3, 4]])
+    at = np.array([1, 2, 3])
+    whole = SessionNeighbours(train, NUM_ITEMS).scores(held, at)
+
+    monkeypatch.setattr(neighbours, "ENTRIES_MAX", 1)
+
+    assert np.array_equal(SessionNeighbours(train, NUM_ITEMS).scores(held, at), whole)
