@@ -26,15 +26,9 @@ from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.demo_source import DemoSource
 from afterclick.streams.events import Click, Item, decode_item, encode
 from afterclick.streams.fold import Inputs, renew
-from afterclick.streams.partition import (
-    Chunk,
-    DeadLetter,
-    Limits,
-    LogEdges,
-    PartitionFold,
-    Record,
-    Serving,
-)
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import Chunk, DeadLetter, LogEdges, Record
 from afterclick.streams.replica import Replica
 from afterclick.streams.score import DAY_MS, MISS, K, Markov, Popularity, Rates, Tally
 from afterclick.training.data import Columns
