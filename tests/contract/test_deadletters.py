@@ -39,6 +39,7 @@ def test_a_letter_carries_the_record_unchanged(topics: StreamsSettings) -> None:
         "afterclick.topic": topics.clicks_topic.encode(),
         "afterclick.partition": b"1",
         "afterclick.offset": b"7",
+        "afterclick.timestamp_ms": b"0",
         "afterclick.stage": b"decode",
     }
 
@@ -79,5 +80,5 @@ def test_a_record_of_any_size_leads_to_a_letter(topics: StreamsSettings, record:
     assert told["afterclick.omitted_bytes"] == str(len(value)).encode()
     assert told["afterclick.omitted_sha256"] == hashlib.sha256(value).hexdigest().encode()
     assert not letter.value
-    assert len(letter.headers) == 8
+    assert not any(name in ("h", "h0") for name in told)
     assert letter.key == (None if len(record.key or b"") > KEY_BYTES_MAX else record.key)
