@@ -56,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`kafka` tests run on Kafka only; with `--broker kafka` nothing else does. `fault` tests take
-    minutes and run only where `-m` names them.
+    """`kafka` tests run on Kafka only; with `--broker kafka` nothing else does but what uses
+    a broker and is not `anybroker`. `fault` tests take minutes and run only where `-m` names them.
     """
     on_kafka = config.getoption("broker") == "kafka"
     on_faults = "fault" in config.getoption("markexpr")
@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needs_kafka = item.get_closest_marker("kafka") is not None
         if needs_kafka:  # those that are collected while it still runs
             item.add_marker(pytest.mark.filterwarnings(SOCKETS_OF_KAFKA_PYTHON))
-        runs = needs_kafka or uses_broker if on_kafka else not needs_kafka
+        again = uses_broker and item.get_closest_marker("anybroker") is None
+        runs = needs_kafka or again if on_kafka else not needs_kafka
         runs = runs and (on_faults or item.get_closest_marker("fault") is None)
         (kept if runs else left_out).append(item)
     items[:] = kept

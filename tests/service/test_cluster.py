@@ -13,7 +13,7 @@ from afterclick.streams.local_cluster import LocalCluster, local_redis_cluster
 from afterclick.streams.settings import StreamsSettings
 from tests.service.stage import Stage, some_clicks
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 PARTITIONS = 8
 """So that each of the three masters has some, and more than a worker here has fold threads."""

@@ -36,7 +36,7 @@ from afterclick.streams.settings import StreamsSettings
 from tests.doubles import cut, log_of
 from tests.service.stage import Stage, some_clicks
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 USERS = 40
 

@@ -13,7 +13,7 @@ from afterclick.streams.local import readiness
 from tests.fuzz.poison import Sent, stream
 from tests.service.stage import Stage
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 NUM = 3000
 

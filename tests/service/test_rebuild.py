@@ -26,7 +26,7 @@ from afterclick.streams.refold import Refold
 from tests.service.stage import Stage, some_clicks
 from tests.service.test_archive import delete_before
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 AS_IT_COMES = {
     "AFTERCLICK_STREAMS__LATENCY_BUDGET_MS": "0",

@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.pki import Pki, write_pki
 from tests.service.stage import Stage, some_clicks
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 WORDS = {"worker": "right-word-4711", "reader": "other-word-0815", "waiter": "third-word-1234"}
 WRONG = "wrong-word-2342"

@@ -9,7 +9,7 @@ from afterclick.serving.reader import TopK
 from afterclick.streams.local import Worker
 from tests.service.stage import Stage, some_clicks
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 
 def metric(worker: Worker, name: str) -> float:

@@ -19,7 +19,7 @@ from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.refold import Releases
 from tests.service.stage import Stage, some_clicks
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
 
 @pytest.fixture
