@@ -283,7 +283,8 @@ class HeldPartition:
         if renewed is None:
             await self._pause()
             return True
-        return bool(renewed.lists)
+        # A look that found nothing due must not stand in the way of a pass over recent users.
+        return bool(renewed.lists) or self._renewal.pending(self._shared.basis(), time.monotonic())
 
     async def _renewed_batch(self) -> tuple[Renewed | None, float]:
         """One batch, and how long to rest after it; None while Redis does not let it through."""
