@@ -60,7 +60,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def streamed(stage: Stage) -> Stage:
+def streamed(stage: Stage, client: redis.Redis) -> Stage:
     """Popularity first, then two releases, items, visits, repeats, forgets and bad records."""
     stage.streams = msgspec.structs.replace(stage.streams, archive=str(stage.folder / "archive"))
     with stage.worker(**AS_IT_COMES) as worker:
@@ -77,6 +77,8 @@ def streamed(stage: Stage) -> Stage:
         publish("r1", 1)
         stage.send([Item(item_id=f"fresh{n}", categories=["c1"]) for n in range(5)])
         stage.send([Item(item_id="i00003", available=False)])
+        gone = stage.keys.unavailable
+        stage.wait(lambda: client.smembers(gone) == {b"i00003"}, "the items are in force")
         stage.send(some_clicks(150, users=30, start=100))
         stage.send_raw(b"u1", b"no JSON")
         stage.send([click("u5", "", "forget"), click("visitor", "", "visit")])
