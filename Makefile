@@ -45,8 +45,9 @@ $(READY): pyproject.toml Makefile
 demo: setup
 	@$(BIN)/afterclick demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
+# Most tests wait, for a session to time out or a server to start: three lanes, servers of their own.
 test: setup redis
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(or $(LANES),3) --dist worksteal $(ARGS)
 
 test-kafka: setup redis
 	@$(BIN)/python -m pytest --broker kafka $(ARGS)
