@@ -156,7 +156,9 @@ class HeldPartition:
         self._inbox = Inbox()
         self._paused = False
         self._renewal = shared.renewal()
-        self._due_looked_s = time.monotonic()
+        # The loop's clock, so that a simulated loop decides when lists are renewed.
+        self._clock_s = asyncio.get_running_loop().time
+        self._due_looked_s = self._clock_s()
         self._pause_s = RETRY_MIN_S
         self._lost_told = 0
         self._task = asyncio.create_task(self._run(), name=f"partition-{self.partition}")
@@ -266,7 +268,7 @@ class HeldPartition:
 
     async def _renew_some(self) -> bool:
         """Make a few lists that are due, or renew those of a few recent users; false: none."""
-        fold, now_s = self._fold, time.monotonic()
+        fold, now_s = self._fold, self._clock_s()
         if now_s - self._due_looked_s >= DUE_LOOK_S:
             fold.has_due, self._due_looked_s = True, now_s  # maybe: a look costs one call
         if not fold.has_due and not self._renewal.pending(self._shared.basis(), now_s):
@@ -276,15 +278,15 @@ class HeldPartition:
             await self._inbox.wait(RENEWAL_TURN_S)
             return True
         async with self._shared.renewing:
-            begun_s = time.monotonic()
+            begun_s = self._clock_s()
             renewed, rest = await self._renewed_batch()
             if renewed is not None:
-                await self._inbox.wait(rest * (time.monotonic() - begun_s))
+                await self._inbox.wait(rest * (self._clock_s() - begun_s))
         if renewed is None:
             await self._pause()
             return True
         # A look that found nothing due must not stand in the way of a pass over recent users.
-        return bool(renewed.lists) or self._renewal.pending(self._shared.basis(), time.monotonic())
+        return bool(renewed.lists) or self._renewal.pending(self._shared.basis(), self._clock_s())
 
     async def _renewed_batch(self) -> tuple[Renewed | None, float]:
         """One batch, and how long to rest after it; None while Redis does not let it through."""
@@ -296,7 +298,7 @@ class HeldPartition:
                 if fold.has_due:
                     work = partial(fold.renew_due, BATCH_USERS)
                 else:
-                    now_s = time.monotonic()
+                    now_s = self._clock_s()
                     users = self._renewal.batch(self._shared.basis(), fold.recent_users, now_s)
                     work, rest = partial(fold.renew, users), RENEWAL_REST
                 renewed = await self._attempt(work) or Renewed()
