@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.training.data import Held, Sequences, batches, windows
+from afterclick.training.data import I64, Held, Sequences, batches, windows
 from afterclick.training.evaluate import model_ranks
-from afterclick.training.losses import Candidates, next_item_loss
+from afterclick.training.losses import F32, Candidates, next_item_loss
 from afterclick.training.metrics import rates
 from afterclick.training.model import Recommender, Steps
 from afterclick.training.settings import TrainingSettings
@@ -63,6 +63,12 @@ class Fitted(NamedTuple):
     """Rates of the best epoch, before the last passes over all data; empty without validation."""
     validation_state: dict[str, torch.Tensor]
     """Weights of the best epoch."""
+
+
+Guide = Callable[[Recommender, torch.Tensor, I64], torch.Tensor]
+"""From the model, hidden states (X, H) and the positions (X) of what each predicts: a loss that is
+added to a batch's own.
+"""
 
 
 class _Run:
@@ -109,6 +115,8 @@ def fit(
     checkpoint: Path | None = None,
     resume: bool = False,
     until_epoch: int | None = None,
+    start: Callable[[Recommender], None] = lambda model: None,
+    guide: Guide | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_batch: Callable[[float], None] = lambda share: None,
 ) -> Fitted:
@@ -123,6 +131,8 @@ def fit(
         checkpoint: file written after every epoch; None keeps none.
         resume: go on from the checkpoint where there is one.
         until_epoch: stop after this epoch, as if cut off: no last passes follow.
+        start: sets the weights to begin with; a resumed run has its own.
+        guide: a further loss; the curve does not count it.
         on_epoch: told of every epoch.
         on_batch: told which share of an epoch is done, after every mini-batch.
 
@@ -142,6 +152,7 @@ def fit(
     num_batches = -(-int((size_W - 1).sum()) // settings.batch_events)
     torch.manual_seed(settings.seed)
     run = _Run(num_items, settings, num_batches)
+    start(run.model)
     name = _fingerprint(train, held, num_items, settings)
     if checkpoint is not None and resume and checkpoint.is_file():
         _restore(run, checkpoint, name)
@@ -150,7 +161,9 @@ def fit(
         started_s = time.monotonic()
         number = len(run.curve) + 1
         rate_at = _one_cycle(run, settings)
-        loss = _epoch(run, train, settings, seed=number, rate_at=rate_at, on_batch=on_batch)
+        loss = _epoch(
+            run, train, settings, seed=number, rate_at=rate_at, guide=guide, on_batch=on_batch
+        )
         found = rates(model_ranks(run.model, held)) if held is not None else {}
         epoch = Epoch(
             epoch=number,
@@ -172,6 +185,16 @@ def fit(
         _last_passes(run, everything, settings, on_epoch, on_batch)
     run.model.eval()
     return Fitted(run.model, run.curve, run.best_epoch, run.best_rates, best)
+
+
+def recency_weights(time_P: I64 | None, half_life_h: float) -> F32 | None:
+    """(P,) weights of mean 1 that halve with age; None weighs all alike."""
+    if time_P is None or not half_life_h:
+        return None
+    age_h = (time_P.max() - time_P) / 3_600_000
+    weight_P = np.exp2(-age_h / half_life_h)
+    result: F32 = (weight_P / weight_P.mean()).astype(np.float32)
+    return result
 
 
 def device_of(settings: TrainingSettings) -> torch.device:
@@ -238,6 +261,7 @@ def _epoch(
     *,
     seed: int,
     rate_at: Callable[[int], float],
+    guide: Guide | None = None,
     on_batch: Callable[[float], None],
 ) -> float:
     """One pass; returns the mean loss per prediction."""
@@ -249,12 +273,14 @@ def _epoch(
         np.bincount(part.item_P, minlength=model.num_items), settings.softmax_items
     )
     begin_W, size_W = windows(part, settings.history)
+    weight_P = recency_weights(part.time_P, settings.recency_half_life_h)
     total, count, predictions = 0.0, 0, int((size_W - 1).sum())
     for members in batches(size_W - 1, settings.batch_events, rng):
         step_TB = np.arange(int(size_W[members].max()) - 1)[:, None]
         inside_TB = step_TB < (size_W[members] - 1)[None, :]
         at_TB = np.where(inside_TB, begin_W[members][None, :] + step_TB, 0)
-        target_X = part.item_P[at_TB[inside_TB] + 1]
+        next_X = at_TB[inside_TB] + 1
+        target_X = part.item_P[next_X]
         steps = Steps(
             *(
                 torch.from_numpy(column[at_TB]).to(device)
@@ -262,7 +288,16 @@ def _epoch(
             )
         )
         h_XH = model.hidden(steps)[torch.from_numpy(inside_TB).to(device)]
-        loss = next_item_loss(model, h_XH, target_X, candidates.draw(target_X, rng))
+        loss = next_item_loss(
+            model,
+            h_XH,
+            target_X,
+            candidates.draw(target_X, rng),
+            weight_X=None if weight_P is None else weight_P[next_X],
+        )
+        own = loss.item()
+        if guide is not None:
+            loss = loss + guide(model, h_XH, next_X)
         for group in run.optimiser.param_groups:
             group["lr"] = rate_at(run.step)
         run.optimiser.zero_grad(set_to_none=True)
@@ -270,7 +305,7 @@ def _epoch(
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         run.optimiser.step()
         run.step += 1
-        total += loss.item() * len(target_X)
+        total += own * len(target_X)
         count += len(target_X)
         on_batch(count / predictions)
     mean = total / count

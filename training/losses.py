@@ -58,14 +58,22 @@ class Candidates:
         return Drawn(item_C, np.log(inclusion_C).astype(np.float32))
 
 
-def next_item_loss(model: Recommender, h_XH: Tensor, target_X: I64, drawn: Drawn) -> Tensor:
-    """Mean negative log probability of the targets.
+def next_item_loss(
+    model: Recommender,
+    h_XH: Tensor,
+    target_X: I64,
+    drawn: Drawn,
+    *,
+    weight_X: F32 | None = None,
+) -> Tensor:
+    """Weighted mean of the negative log probability of the targets.
 
     Args:
         model: gives query, item vectors and biases.
         h_XH: hidden state before each target.
         target_X: rows of the items that came next.
         drawn: items to score; holds every target.
+        weight_X: of each prediction, mean about 1; None weighs all alike.
     """
     device = h_XH.device
     item_C = torch.from_numpy(drawn.item_C).to(device)
@@ -76,4 +84,7 @@ def next_item_loss(model: Recommender, h_XH: Tensor, target_X: I64, drawn: Drawn
     # A target is scored whatever the draw, so its own score takes no correction.
     own_X = score_XC.gather(1, column_X[:, None]) + log_inclusion_C[column_X, None]
     score_XC = score_XC.scatter(1, column_X[:, None], own_X)
-    return functional.cross_entropy(score_XC, column_X)
+    if weight_X is None:
+        return functional.cross_entropy(score_XC, column_X)
+    loss_X = functional.cross_entropy(score_XC, column_X, reduction="none")
+    return (loss_X * torch.from_numpy(weight_X).to(device)).mean()

@@ -8,6 +8,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -35,15 +36,21 @@ from afterclick.training.data import (
 )
 from afterclick.training.evaluate import model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
-from afterclick.training.fit import Epoch, Fitted, fit
+from afterclick.training.fit import Epoch, Fitted, Guide, fit
 from afterclick.training.metrics import Ranking, rates
+from afterclick.training.model import Recommender
 from afterclick.training.progress import Silent, Teller
 from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
+from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
 CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"
+
+WEIGHTS_MAX = 3
+"""Runs whose weights are kept for warm starts: a rollback by two releases still has its own."""
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +76,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
+    """What a run learns from and is judged by; codes are rows of `item_ids`."""
+
     item_ids: list[str]
     train: Sequences
     held: Held | None
@@ -85,6 +94,7 @@ def train_release(
     test: Columns | None = None,
     publish: bool = True,
     resume: bool = False,
+    guide: Guide | None = None,
     teller: Teller | None = None,
 ) -> Outcome:
     """Train, export, check, store and publish.
@@ -96,6 +106,7 @@ def train_release(
         test: clicks of held-out sequences, evaluated with the finished release.
         publish: make it the release to serve.
         resume: go on from the checkpoint beside the releases.
+        guide: a further loss, see `fit`.
         teller: told of every stage.
 
     Raises:
@@ -107,7 +118,8 @@ def train_release(
     teller = teller or Silent()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    data = _prepare(source, settings, serving)
+    data = prepare(source, settings, serving)
+    settings, start = _start(data, settings, serving)
     teller.stage(
         "train",
         events=data.everything.num_events,
@@ -116,13 +128,14 @@ def train_release(
         epochs=settings.epochs + (settings.final_epochs if data.held is not None else 0),
         bad_records=source.num_bad,
     )
-    fitted = _fit(data, settings, serving, resume=resume, teller=teller)
+    fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
     metrics = _metrics(data, fitted, serving, teller)
     trained_N = _clicked(data.everything if settings.final_epochs else data.train, data)
     tables = build_tables(fitted.model, data.item_ids, trained_N, source.items)
     tested = _test(test, data, fitted, tables, serving, teller)
     teller.stage("export")
     manifest = _export(source, data, fitted, tables, metrics, tested, settings, serving)
+    _keep_weights(fitted, data, manifest.release, serving)
     publication = None
     if publish:
         publication = _store(serving).publish(manifest.release).number
@@ -150,7 +163,12 @@ def release_id(now: datetime) -> str:
     return f"{now:%Y-%m-%dT%H-%M-%SZ}-{secrets.token_hex(2)}"
 
 
-def _prepare(source: Source, settings: TrainingSettings, serving: ServingSettings) -> _Data:
+def prepare(source: Source, settings: TrainingSettings, serving: ServingSettings) -> Data:
+    """Apply the fold's rules, code the items, hold out the newest part.
+
+    Raises:
+        ContractError: no click is left, or no item has clicks enough.
+    """
     whole = build_log(source.columns, history=serving.history, idle_ttl_s=serving.idle_ttl_s)
     item_ids = sorted({*whole.item_ids, *source.items})
     sequences = recode(whole, item_ids)
@@ -172,7 +190,7 @@ def _prepare(source: Source, settings: TrainingSettings, serving: ServingSetting
             settings.validation_events_max,
         )
         held = held if held.target_P.any() else None
-    return _Data(item_ids, train, held, everything, whole.num_duplicates)
+    return Data(item_ids, train, held, everything, whole.num_duplicates)
 
 
 def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
@@ -181,15 +199,46 @@ def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Seque
     return sequences._replace(item_P=np.where(known_P, item_P, UNKNOWN))
 
 
-def _clicked(part: Sequences, data: _Data) -> npt.NDArray[np.bool_]:
+def _clicked(part: Sequences, data: Data) -> npt.NDArray[np.bool_]:
     return np.bincount(part.item_P, minlength=len(data.item_ids)) > 0
 
 
+def _start(
+    data: Data, settings: TrainingSettings, serving: ServingSettings
+) -> tuple[TrainingSettings, Callable[[Recommender], None]]:
+    """What to train with, and where to begin: at the published weights if they are here."""
+    published = _store(serving).current() if settings.warm_start else None
+    if published is None:
+        return settings, lambda model: None
+    path = _side_folder(serving, WEIGHTS) / f"{published.release}.pt"
+    if not path.is_file():
+        log.warning("warm start: %s is not there; beginning by chance", path)
+        return settings, lambda model: None
+    rate = settings.learning_rate * settings.final_rate
+    settings = msgspec.structs.replace(settings, epochs=settings.warm_epochs, learning_rate=rate)
+
+    def start(model: Recommender) -> None:
+        known = load_weights(path, model, data.item_ids)
+        log.info("warm start: %d of %d items known", known, len(data.item_ids))
+
+    return settings, start
+
+
+def _keep_weights(fitted: Fitted, data: Data, release: str, serving: ServingSettings) -> None:
+    folder = _side_folder(serving, WEIGHTS)
+    save_weights(folder / f"{release}.pt", fitted.model, data.item_ids)
+    by_age = sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    for path in by_age[:-WEIGHTS_MAX]:
+        path.unlink()
+
+
 def _fit(
-    data: _Data,
+    data: Data,
     settings: TrainingSettings,
     serving: ServingSettings,
     *,
+    start: Callable[[Recommender], None],
+    guide: Guide | None,
     resume: bool,
     teller: Teller,
 ) -> Fitted:
@@ -209,13 +258,15 @@ def _fit(
         everything=data.everything,
         checkpoint=_side_folder(serving, CHECKPOINTS) / "last.pt",
         resume=resume,
+        start=start,
+        guide=guide,
         on_epoch=on_epoch,
         on_batch=teller.share,
     )
 
 
 def _metrics(
-    data: _Data, fitted: Fitted, serving: ServingSettings, teller: Teller
+    data: Data, fitted: Fitted, serving: ServingSettings, teller: Teller
 ) -> dict[str, dict[str, float]]:
     """Rates on the validation part; empty without one."""
     if data.held is None:
@@ -231,7 +282,7 @@ def _metrics(
 
 def _test(
     test: Columns | None,
-    data: _Data,
+    data: Data,
     fitted: Fitted,
     tables: Tables,
     serving: ServingSettings,
@@ -272,7 +323,7 @@ def _rates(rankings: dict[str, Ranking]) -> dict[str, dict[str, float]]:
 
 def _export(
     source: Source,
-    data: _Data,
+    data: Data,
     fitted: Fitted,
     tables: Tables,
     metrics: dict[str, dict[str, float]],

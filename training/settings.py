@@ -103,6 +103,21 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     interactions (`AFTERCLICK_SERVING__HISTORY`).
     """
 
+    recency_half_life_h: Annotated[float, Meta(ge=0)] = 0.0
+    """Hours of event time after which a click counts half in the loss; 0 weighs all alike. Where
+    nothing has a time it has no effect.
+    """
+
+    warm_start: bool = False
+    """Begin with the weights of the published release, by item id, where the run that made it left
+    them beside the releases; otherwise by chance.
+    """
+
+    warm_epochs: Annotated[int, Meta(ge=1, le=1000)] = 2
+    """Passes over the training part at most after a warm start; their peak rate is `final_rate` of
+    `learning_rate`.
+    """
+
     item_min_count: Annotated[int, Meta(ge=1)] = 1
     """Items with fewer clicks are treated as never clicked."""
 

@@ -9,10 +9,11 @@ import torch
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.training.data import Sequences, build_log, split
-from afterclick.training.fit import Fitted, fit
+from afterclick.training.fit import Fitted, fit, recency_weights
 from afterclick.training.losses import Candidates, next_item_loss
 from afterclick.training.model import Recommender
 from afterclick.training.settings import TrainingSettings, training_settings
+from afterclick.training.warm import load_weights, save_weights
 from tests.unit.training.worlds import quick, ring
 
 
@@ -158,6 +159,39 @@ def test_settings_come_from_environment_then_file_then_flags(tmp_path: Path) -> 
         training_settings({}, config, {})
     with pytest.raises(ConfigError, match="NO_SUCH"):
         training_settings({"AFTERCLICK_TRAINING__NO_SUCH": "1"}, None, {})
+
+
+def test_newer_clicks_weigh_more_where_a_half_life_is_set() -> None:
+    """An hour older counts half; the mean stays 1, so that the learning rate keeps its meaning."""
+    weight_P = recency_weights(np.array([0, 3_600_000, 7_200_000]), half_life_h=1.0)
+
+    assert weight_P is not None
+    assert weight_P[2] == pytest.approx(2 * weight_P[1]) == pytest.approx(4 * weight_P[0])
+    assert weight_P.mean() == pytest.approx(1)
+    assert recency_weights(np.zeros(3, np.int64), half_life_h=0.0) is None
+    assert losses(run(quick(recency_half_life_h=0.5))) != losses(run(quick()))
+
+
+def test_a_run_may_begin_with_another_runs_weights(tmp_path: Path) -> None:
+    """By item id: rows move, new items stay as chance made them, other shapes are refused."""
+    before = run(quick()).model
+    ids = [f"i{row:03d}" for row in range(before.num_items)]
+    save_weights(tmp_path / "a.pt", before, ids)
+    torch.manual_seed(9)
+    after = Recommender(before.num_items + 1, quick())
+    chance = after.items.weight[0].clone()
+
+    assert load_weights(tmp_path / "a.pt", after, ["a-new-one", *ids]) == len(ids)
+
+    assert torch.equal(after.items.weight[1:], before.items.weight)
+    assert torch.equal(after.bias[1:], before.bias)
+    assert torch.equal(after.items.weight[0], chance)
+    assert torch.equal(after.out.weight, before.out.weight)
+    with pytest.raises(ConfigError, match="warm_start = false"):
+        load_weights(tmp_path / "a.pt", Recommender(5, quick(units=8)), ids[:5])
+    (tmp_path / "a.pt").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_weights(tmp_path / "a.pt", after, ids)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
