@@ -1,4 +1,4 @@
-# The stream worker and every verb that needs no training; without torch, which the build checks.
+# The stream worker, the read API and every verb that needs no training; without torch, which the build checks.
 #   docker build -f docker/worker.Dockerfile -t afterclick-worker .
 # On a machine with an NVIDIA GPU add --build-arg EXTRA=gpu and run with --gpus all.
 
@@ -10,7 +10,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY serving ./serving
 COPY streams ./streams
 COPY training ./training
-RUN /opt/afterclick/bin/pip install --no-cache-dir ".[${EXTRA}]"
+RUN /opt/afterclick/bin/pip install --no-cache-dir ".[${EXTRA},api]"
 RUN ! /opt/afterclick/bin/python -c "import torch"
 
 FROM python:3.12.12-slim-bookworm
@@ -20,6 +20,6 @@ COPY --from=build /opt/afterclick /opt/afterclick
 ENV PATH=/opt/afterclick/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /var/lib/afterclick
 USER 10001:10001
-EXPOSE 6066
+EXPOSE 6066 8080
 ENTRYPOINT ["afterclick"]
 CMD ["worker"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GROUP = "afterclick.commands"
 
-_EXTRA_OF_VERB = {"demo": "train,local", "up": "worker,local"}
+_EXTRA_OF_VERB = {"api": "api", "demo": "train,local", "up": "worker,local"}
 _EXTRA_OF_PACKAGE = {"afterclick.training": "train"}
 
 EXIT_USAGE = 2
@@ -140,6 +140,25 @@ def key(argv: Sequence[str]) -> int:
         f"record     {place.record_key}\n"
         f"head       {place.head_key}\n"
         f"partition  {place.partition}\n"
+    )
+    return 0
+
+
+def api(argv: Sequence[str]) -> int:
+    """Serve lists over HTTP until a signal ends it."""
+    parser = argparse.ArgumentParser(prog="afterclick api", description=api.__doc__)
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=_positive, help="port to listen on")
+    options = parser.parse_args(argv)
+    from afterclick.serving.api import run_api  # needs an extra that readers lack
+
+    settings = serving_settings(os.environ)
+    run_api(
+        msgspec.structs.replace(
+            settings,
+            api_host=options.host or settings.api_host,
+            api_port=options.port or settings.api_port,
+        )
     )
     return 0
 

@@ -118,6 +118,12 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     release_poll_s: Annotated[float, Meta(gt=0)] = 1.0
     """Seconds between two looks for a new publication."""
 
+    api_host: str = "127.0.0.1"
+    """Address that `afterclick api` listens on; `0.0.0.0` for every one of the machine's."""
+
+    api_port: Annotated[int, Meta(ge=1, le=65535)] = 8080
+    """Port of `afterclick api`; several processes on one machine may share it."""
+
 
 def from_environment(kind: type[S], package: str, environ: Mapping[str, str]) -> S:
     """Read one package's settings from environment variables.

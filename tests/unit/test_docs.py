@@ -16,6 +16,7 @@ import msgspec
 import msgspec.inspect
 import pytest
 
+from afterclick.serving.api import ApiMetrics
 from afterclick.serving.manifest import Publication
 from afterclick.serving.records import Head, InputsEntry, TopList
 from afterclick.streams.events import Click, Item
@@ -135,6 +136,20 @@ def test_every_metric_is_in_the_operations_page_and_the_reverse() -> None:
     counted = {
         metric.name + ("_total" if metric.type == "counter" else "")
         for metric in Metrics().registry.collect()
+        if metric.name.startswith("afterclick_")
+    }
+
+    assert documented == counted
+
+
+def test_the_metrics_of_the_api_are_in_the_operations_page() -> None:
+    """They are another process's, so they stand in its own section."""
+    page = OPERATIONS_PAGE.read_text()
+    section = page.partition("## Lists over HTTP")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"`(afterclick_api_[a-z_]+)`", section))
+    counted = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in ApiMetrics().registry.collect()
         if metric.name.startswith("afterclick_")
     }
 
