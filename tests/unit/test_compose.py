@@ -235,7 +235,7 @@ def test_only_the_trainer_s_image_installs_training() -> None:
         if dockerfile == TRAINER:
             assert extras == "train"
         else:
-            assert (extras, default and default[1]) == ("${EXTRA}", "worker")
+            assert (extras, default and default[1]) == ("${EXTRA},api", "worker")
             assert 'RUN ! /opt/afterclick/bin/python -c "import torch"' in text
 
 
