@@ -1,4 +1,4 @@
-"""The verbs `train`, `evaluate` and `schedule`: parse, hand over, print.
+"""The verbs `train`, `tune`, `evaluate` and `schedule`: parse, hand over, print.
 
 Torch and everything else that is heavy is imported inside the verbs, so that `afterclick --help`
 loads this module in the base install.
@@ -7,6 +7,7 @@ loads this module in the base install.
 import argparse
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -64,10 +65,7 @@ def train(argv: Sequence[str]) -> int:
     from afterclick.training.pipeline import train_release
     from afterclick.training.progress import Bars, JsonLines, Silent, Teller
 
-    if options.topic == (options.clicks is not None):
-        raise ConfigError("train: give either --clicks FILE or --topic, to say where clicks are")
-    if options.items is not None and options.clicks is None:
-        raise ConfigError("train: --items FILE goes with --clicks; --topic reads the items topic")
+    _check_source("train", options)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     settings = training_settings(
         os.environ, options.config, {name: getattr(options, name) for name in FLAGS}
@@ -168,6 +166,39 @@ def schedule(argv: Sequence[str]) -> int:
     return run_schedule(rest, every_s=every_s, runs=options.runs)
 
 
+def tune(argv: Sequence[str]) -> int:
+    """Search for the settings that rank a validation part best; write them for `train --config`."""
+    options = _tune_parser().parse_args(argv)
+
+    from afterclick.training.pipeline import prepare
+    from afterclick.training.tune import describe, read_space
+    from afterclick.training.tune import tune as run_study
+
+    _check_source("tune", options)
+    if options.trials < 1:
+        raise ConfigError(f"--trials: expected at least 1, got {options.trials}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    settings = training_settings(
+        os.environ, options.config, {name: getattr(options, name) for name in FLAGS}
+    )
+    found = run_study(
+        prepare(_source(options), settings, serving_settings(os.environ)),
+        settings,
+        options.out,
+        space=None if options.space is None else read_space(options.space),
+        method=options.method,
+        metric=options.metric,
+        trials=options.trials,
+        minutes=options.minutes,
+        prune=not options.no_pruning,
+        command=shlex.join(["afterclick", "tune", *argv]),
+        tell=lambda line: print(line, file=sys.stderr),  # noqa: T201 - progress of hours
+    )
+    text = msgspec.json.encode(found).decode() + "\n" if options.json else describe(found)
+    sys.stdout.write(text)
+    return 0
+
+
 def describe(outcome: "Outcome") -> str:
     """The run's result for people: a table of methods, then where everything is."""
     lines = []
@@ -191,19 +222,21 @@ def describe(outcome: "Outcome") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="afterclick train", description=train.__doc__)
+def _check_source(verb: str, options: argparse.Namespace) -> None:
+    if options.topic == (options.clicks is not None):
+        raise ConfigError(f"{verb}: give either --clicks FILE or --topic, to say where clicks are")
+    if options.items is not None and options.clicks is None:
+        raise ConfigError(f"{verb}: --items FILE goes with --clicks; --topic reads the items topic")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines")
     parser.add_argument("--items", type=Path, metavar="FILE", help="catalogue, same kinds of file")
     parser.add_argument("--topic", action="store_true", help="read Kafka's topics instead")
-    parser.add_argument("--test", type=Path, metavar="FILE", help="held-out clicks to evaluate on")
     parser.add_argument("--config", type=Path, metavar="TOML", help="training settings")
-    parser.add_argument("--no-publish", action="store_true", help="add the release, announce not")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument(
-        "--progress", choices=("bars", "jsonl", "none"), default="bars", help="how to tell"
-    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings (AFTERCLICK_TRAINING__* are the others)")
     for name, text in FLAGS.items():
         default = TrainingSettings.__struct_defaults__[
@@ -214,6 +247,38 @@ def _train_parser() -> argparse.ArgumentParser:
         )
     add_click_columns(parser)
     add_item_columns(parser)
+
+
+def _tune_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterclick tune", description=tune.__doc__)
+    _add_source(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("tune"), help="of the study (tune)"
+    )
+    parser.add_argument("--space", type=Path, metavar="TOML", help="what is searched")
+    parser.add_argument("--method", choices=("tpe", "grid", "random"), default="tpe", help="(tpe)")
+    parser.add_argument(
+        "--metric", choices=("mrr_20", "hit_rate_20"), default="mrr_20", help="(mrr_20)"
+    )
+    parser.add_argument("--trials", type=int, default=20, help="in all, earlier runs' too (20)")
+    parser.add_argument("--minutes", type=float, help="begin no trial after so many")
+    parser.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    _add_settings(parser)
+    return parser
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterclick train", description=train.__doc__)
+    _add_source(parser)
+    parser.add_argument("--test", type=Path, metavar="FILE", help="held-out clicks to evaluate on")
+    parser.add_argument("--no-publish", action="store_true", help="add the release, announce not")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument(
+        "--progress", choices=("bars", "jsonl", "none"), default="bars", help="how to tell"
+    )
+    _add_settings(parser)
     return parser
 
 
