@@ -15,17 +15,19 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     """Where a file keeps what; empty means the usual names, and a name given must be there."""
 
     user: str = ""
-    """Usually `user_id`, else `session_id`."""
+    """Usually `user_id`, else `session_id` and others (`files.USER_NAMES`)."""
     item: str = ""
     """Usually `item_id`."""
     time: str = ""
-    """Usually `timestamp_ms`, else `timestamp`; a file without times keeps its order."""
+    """Usually `timestamp_ms`, else `timestamp`, `time`; a file without times keeps its order."""
     event: str = ""
     """Usually `event`; without one every row is a `click`."""
     event_id: str = ""
     """Usually `event_id`, may be missing."""
     time_unit: TimeUnit = "auto"
-    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds."""
+    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms` and where all are
+    too large for seconds, else seconds.
+    """
 
 
 class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,16 +52,16 @@ class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
 def add_click_columns(parser: argparse.ArgumentParser) -> None:
     """Options that name the columns of a file of clicks."""
     group = parser.add_argument_group("columns of the clicks file")
-    group.add_argument("--user-column", default="", help="default: user_id, else session_id")
-    group.add_argument("--item-column", default="", help="default: item_id")
-    group.add_argument("--time-column", default="", help="default: timestamp_ms, else timestamp")
+    group.add_argument("--user-column", default="", help="default: user_id, session_id, …")
+    group.add_argument("--item-column", default="", help="default: item_id, item, …")
+    group.add_argument("--time-column", default="", help="default: timestamp, time, …")
     group.add_argument("--event-column", default="", help="default: event, may be missing")
     group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
     group.add_argument(
         "--time-unit",
         choices=("auto", "s", "ms"),
         default="auto",
-        help="unit of numbers; auto: ms for a column named *_ms, else s",
+        help="unit of numbers; auto: ms for a column named *_ms or numbers too large for s",
     )
 
 

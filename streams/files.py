@@ -4,6 +4,7 @@ Everything runs in Arrow, nothing per row in Python. Ids are text always, whatev
 Knows no Kafka and no training: replay, the trainer and the demo all read files through here.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ __all__ = [
     "read_items",
 ]
 
-USER_NAMES = ("user_id", "session_id")
-ITEM_NAMES = ("item_id",)
-TIME_NAMES = ("timestamp_ms", "timestamp")
+USER_NAMES = ("user_id", "session_id", "user", "session", "visitor_id", "customer_id")
+ITEM_NAMES = ("item_id", "item", "product_id", "article_id", "news_id", "movie_id", "track_id")
+TIME_NAMES = ("timestamp_ms", "timestamp", "time_ms", "time", "event_time", "ts")
 PUBLISHED_NAMES = ("published_ms", "published_at")
 CATEGORY_NAMES = ("categories", "genres")
+"""Usual names, the first that a file has; letters' case, `_` and a `:type` at the end do not count:
+public data sets write `SessionId` and `user_id:token`.
+"""
 
 ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
 """Letters, as `events.Click` has it: longer ones would be dead letters later."""
@@ -50,6 +54,9 @@ TIME_MS_MAX = 1 << 53
 
 SECONDS_MAX = 100_000_000_000
 """A larger number of unix seconds is past the year 5000: it is milliseconds, or not a time."""
+
+HEADER_BYTES_MAX = 1 << 16
+"""A longer header is cut where the delimiter is looked for."""
 
 BLOCK_BYTES = 16 << 20
 """One JSON line must fit in a block; items carry texts up to 64 KiB."""
@@ -144,7 +151,7 @@ def _kind(path: Path) -> str:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
     if last in (".csv", ".tsv"):
-        return last[1:]
+        return "csv"
     if last in (".parquet", ".pq"):
         return "parquet"
     if last in (".jsonl", ".ndjson", ".json"):
@@ -168,10 +175,11 @@ def _names(path: Path) -> list[str]:
             return list(_read_json(path).schema.names)
         import pyarrow.csv as pacsv
 
-        with pa.input_stream(str(path), compression="detect") as stream:
-            options = _csv_options(kind, None)
-            with pacsv.open_csv(stream, **options) as reader:
-                return list(reader.schema.names)
+        with (
+            pa.input_stream(str(path), compression="detect") as stream,
+            pacsv.open_csv(stream, **_csv_options(path, None)) as reader,
+        ):
+            return list(reader.schema.names)
     except (pa.ArrowInvalid, OSError, EOFError) as error:
         raise _unreadable(path, error) from error
 
@@ -188,7 +196,7 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
         import pyarrow.csv as pacsv
 
         with pa.input_stream(str(path), compression="detect") as stream:
-            return pacsv.read_csv(stream, **_csv_options(kind, columns)).combine_chunks()
+            return pacsv.read_csv(stream, **_csv_options(path, columns)).combine_chunks()
     except (pa.ArrowInvalid, OSError, EOFError) as error:
         raise _unreadable(path, error) from error
 
@@ -200,15 +208,20 @@ def _read_json(path: Path) -> pa.Table:
         return pajson.read_json(stream, read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
 
 
-def _csv_options(kind: str, columns: Sequence[str] | None) -> dict[str, Any]:
+def _delimiter(path: Path) -> str:
+    """The one of comma, tab and semicolon that the header has most of; a comma where none is."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        header = stream.read(HEADER_BYTES_MAX).partition(b"\n")[0].decode(errors="replace")
+    return max(",\t;", key=header.count)
+
+
+def _csv_options(path: Path, columns: Sequence[str] | None) -> dict[str, Any]:
     """All columns as text: a type guessed from the first block fails on the second."""
     import pyarrow.csv as pacsv
 
     chosen = {} if columns is None else {"include_columns": list(columns)}
     return {
-        "parse_options": pacsv.ParseOptions(
-            delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True
-        ),
+        "parse_options": pacsv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True),
         "convert_options": pacsv.ConvertOptions(
             column_types=dict.fromkeys(columns or (), pa.string()), **chosen
         ),
@@ -229,15 +242,22 @@ def _pick(
     required: bool = False,
 ) -> str:
     """The column to read, "" where an optional one is missing."""
-    for name in (given,) if given else usual:
-        if name in names:
-            return name
+    if given in names:
+        return given
+    plain = {_plain(name): name for name in reversed(names)}
+    for name in () if given else usual:
+        if _plain(name) in plain:
+            return plain[_plain(name)]
     if given or required:
         wanted = given or " or ".join(usual)
         raise ConfigError(
             f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}"
         )
     return ""
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.partition(":")[0].lower())
 
 
 def _text(path: Path, table: pa.Table, name: str) -> pa.Array:
@@ -287,7 +307,7 @@ def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
             f"{path}: column {name}: expected unix times or dates, got {column.type}",
             reason="file",
         )
-    in_ms = unit == "ms" or (unit == "auto" and name.endswith("_ms"))
+    in_ms = unit == "ms" or (unit == "auto" and (name.endswith("_ms") or _all_too_late(column)))
     highest = TIME_MS_MAX if in_ms else SECONDS_MAX
     expected = "unix milliseconds" if in_ms else "unix seconds (--time-unit ms if it is those)"
     fine_N = pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, highest))
@@ -296,6 +316,12 @@ def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
         factor = 1.0 if in_ms else 1000.0
         return pc.round(pc.multiply(column.cast(pa.float64()), factor)).cast(pa.int64())
     return pc.multiply(column.cast(pa.int64()), 1 if in_ms else 1000)
+
+
+def _all_too_late(column: pa.Array) -> bool:
+    """Whether no number can be seconds."""
+    first = pc.min(column).as_py()
+    return first is not None and first > SECONDS_MAX
 
 
 def _parsed(path: Path, name: str, text_N: pa.Array) -> pa.Array:

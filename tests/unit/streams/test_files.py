@@ -91,6 +91,7 @@ def test_whole_number_ids_become_text(tmp_path):
         ("timestamp", "1592337718", "auto", 1592337718000),
         ("timestamp_ms", "1592337718250", "auto", 1592337718250),
         ("timestamp", "1592337718250", "ms", 1592337718250),
+        ("Time", "1592337718250", "auto", 1592337718250),
         ("timestamp_ms", "1592337718", "s", 1592337718000),
         ("timestamp", "2010-12-01 08:26:00", "auto", 1291191960000),
         ("timestamp", "2010-12-01T08:26:00Z", "auto", 1291191960000),
@@ -131,6 +132,23 @@ def test_events_ids_and_clicks_without_an_item(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("log.csv", "SessionId,ItemId,Time\nu,i,7\n"),
+        ("log.csv", "item;session;timestamp\ni;u;7\n"),
+        ("log.tsv", "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ti\t5\t7\n"),
+        ("log.csv", "visitorid\tevent\titemid\ttimestamp\nu\tclick\ti\t7\n"),
+        ("log.csv", "UserId,item,session_id,ts\nu,i,s,7\n"),
+    ],
+)
+def test_the_usual_names_of_public_data_sets_need_no_options(name, text, tmp_path):
+    """Whoever tries their own file first tries it without reading `--help`."""
+    clicks = read_clicks(write(tmp_path / name, text)).to_pylist()
+
+    assert [(c["user_id"], c["item_id"], c["timestamp_ms"]) for c in clicks] == [("u", "i", 7000)]
+
+
 def test_columns_are_named_by_options(tmp_path):
     """Invoices: other names, dates, columns nobody asked for and a quoted line break."""
     text = 'Who,What,Note,When\nu,i,"two\nlines",2010-12-01 08:26:00\n'
@@ -156,7 +174,7 @@ def test_columns_are_named_by_options(tmp_path):
         ("user_id,item_id,timestamp\n,i,1\n", "row 1, column user_id: expected an id"),
         ("user_id,item_id,timestamp\nu,i,1\nu,i,soon\n", "row 2, column timestamp: .* 'soon'"),
         ("user_id,item_id,timestamp\nu,i,-5\n", "row 1, column timestamp: .* '-5'"),
-        ("user_id,item_id,timestamp\nu,i,1592337718250\n", "--time-unit ms"),
+        ("user_id,item_id,timestamp\nu,i,1\nu,i,1592337718250\n", "row 2, .*--time-unit ms"),
         ("user_id,item_id,timestamp\nu,i\n", "cannot be read as csv"),
         (f"user_id,item_id,timestamp\n{'u' * 513},i,1\n", "at most 512 letters"),
         ("", "cannot be read as csv"),
@@ -177,7 +195,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
     """An operator sees which option to set without opening the file."""
     path = write(tmp_path / "log.csv", "Who,item_id\nu,i\n")
 
-    with pytest.raises(ConfigError, match=r"user_id or session_id, found Who, item_id.*--user-col"):
+    with pytest.raises(ConfigError, match=r"user_id or .*, found Who, item_id.*--user-col"):
         read_clicks(path)
     with pytest.raises(ConfigError, match="expected a column Wer"):
         read_clicks(path, ClickColumns(user="Wer"))

@@ -31,10 +31,6 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-NAMES = ["--user-column", "session", "--item-column", "item", "--time-column", "time"]
-NAMES += ["--time-unit", "ms"]
-
-
 def test_a_release_is_ranked_as_its_training_run_ranked_it(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,14 +38,14 @@ def test_a_release_is_ranked_as_its_training_run_ranked_it(
     baselines counted on the same clicks.
     """
     clicks, test = str(files / "clicks.csv"), str(files / "test.csv")
-    config = ["--config", str(files / "settings.toml"), *NAMES]
+    config = ["--config", str(files / "settings.toml")]
     train(["--clicks", clicks, "--test", test, "--json", "--progress", "none", *config])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["test"]
     picture = files / "plots" / "table.png"
 
     code = evaluate(
         [
-            *("--release", "current", "--clicks", test, "--train", clicks, "--json", *NAMES),
+            *("--release", "current", "--clicks", test, "--train", clicks, "--json"),
             *("--plot", str(picture)),
         ]
     )
@@ -75,9 +71,7 @@ def test_settings_are_trained_and_evaluated_without_a_release(
     """A CSV of session, item and time goes through without code, and nothing is published."""
     clicks, test = str(files / "clicks.csv"), str(files / "test.csv")
 
-    evaluate(
-        ["--config", str(files / "settings.toml"), "--clicks", test, "--train", clicks, *NAMES]
-    )
+    evaluate(["--config", str(files / "settings.toml"), "--clicks", test, "--train", clicks])
 
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:]] == ["model", *BASELINES]
@@ -91,7 +85,7 @@ def test_leave_one_out_predicts_each_user_s_last_click_and_no_seen_item(
     evaluate(
         [
             *("--config", str(files / "settings.toml"), "--clicks", str(files / "clicks.csv")),
-            *("--mode", "leave-one-out", "--filter-seen", "--json", *NAMES),
+            *("--mode", "leave-one-out", "--filter-seen", "--json"),
         ]
     )
 
