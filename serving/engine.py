@@ -77,8 +77,8 @@ class Engine:
     ) -> None:
         self.manifest = manifest
         self.provider = choose_provider(provider)
-        self._step = _session(folder / STEP_NAME, self.provider, threads)
-        self._query = _session(folder / QUERY_NAME, self.provider, threads)
+        self._step = session_of(folder / STEP_NAME, self.provider, threads)
+        self._query = session_of(folder / QUERY_NAME, self.provider, threads)
         state_names = {tensor.name for tensor in manifest.state}
         _check_names(folder.name, STEP_NAME, self._step, state_names | _step_names(manifest))
         _check_names(folder.name, QUERY_NAME, self._query, state_names)
@@ -180,7 +180,7 @@ class Scanner:
             )
         self._half = precision == "fp16"
         graph = _scan_graph(scan_vectors_ND.shape[1], half=self._half)
-        self._session = _session(graph, self.provider, threads)
+        self._session = session_of(graph, self.provider, threads)
         self._matrix = scan_vectors_ND
         self._bound: ort.OrtValue | None = None
         self._turn = threading.Lock()
@@ -241,6 +241,13 @@ class Scanner:
             ask.found = scores_BK[own, : ask.k], rows_BK[own, : ask.k]
             start = own.stop
 
+    def top_and_scores(self, q_BD: F32, k: int) -> tuple[F32, I64, F32]:
+        """`top`, and beside it all scores (B, N)."""
+        scores_BK, rows_BK, scores_BN = self._run(
+            q_BD, ["top_scores", "top_rows", "scores"], min(k, self.num_rows)
+        )
+        return scores_BK, rows_BK, scores_BN
+
     def scores(self, q_BD: F32) -> F32:
         """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""
         scores: F32 = self._run(q_BD, ["scores"], 1)[0]
@@ -299,7 +306,12 @@ def _scan_graph(dim: int, *, half: bool) -> bytes:
     return data
 
 
-def _session(model: Path | bytes, provider: Provider, threads: int) -> ort.InferenceSession:
+def session_of(model: Path | bytes, provider: Provider, threads: int) -> ort.InferenceSession:
+    """A graph, ready to run.
+
+    Raises:
+        ContractError: it is refused, or keeps tensors in another file.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

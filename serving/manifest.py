@@ -12,6 +12,8 @@ is a folder, written whole and then renamed:
       step_vectors.npy   float32 (N, E): what the step graph is fed for a touched item
       scan_vectors.npy   float32 (N, D): score of item n for a user = query_D · scan_vectors[n]
       self_test.npz      recorded inputs and outputs that a loader runs again before it serves
+      blend.onnx         optional: scores candidates, `features (R, F) -> score (R,)`
+      memory.npz         optional, with the blend: the fast memory as of the snapshot
 
 Shape letters: T steps, B users, E step vector, D scan vector, H hidden units, Y layers, N items.
 An output bias is a coordinate: the query graph appends a 1, the last scan coordinate is the bias.
@@ -37,7 +39,11 @@ ITEMS_NAME = "items.json"
 STEP_VECTORS_NAME = "step_vectors.npy"
 SCAN_VECTORS_NAME = "scan_vectors.npy"
 SELF_TEST_NAME = "self_test.npz"
+BLEND_NAME = "blend.onnx"
+MEMORY_NAME = "memory.npz"
 FILES = (STEP_NAME, QUERY_NAME, ITEMS_NAME, STEP_VECTORS_NAME, SCAN_VECTORS_NAME, SELF_TEST_NAME)
+OPTIONAL_FILES = (BLEND_NAME, MEMORY_NAME)
+"""Files that a release may have besides; a manifest that names any other is refused."""
 
 EVENTS = ("other", "view", "click", "cart", "purchase")
 """Event names with a code of their own, by position; every other name is code 0. Append only, 32 at
@@ -75,6 +81,31 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
     """Graph also takes `event` int64 (T, B): code from `EVENTS`."""
     gap: bool = False
     """Graph also takes `gap` int64 (T, B): gap bucket, 0 for a user's first interaction."""
+    hour: bool = False
+    """Graph also takes `hour` int64 (T, B): hour of the day, UTC."""
+    past: Annotated[int, Meta(ge=0, le=64)] = 0
+    """M: the query graph also takes the last M interactions; 0 for none."""
+
+
+class BlendSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How the blend's candidates are gathered and described; the trainer fits with the same."""
+
+    features: list[str]
+    """Columns of `blend.onnx`'s input, in order; names are those of serving/features.py."""
+    model: Annotated[int, Meta(ge=0, le=1000)] = 80
+    """Best items by the model's own score; 0 leaves the model out."""
+    neighbours: Annotated[int, Meta(ge=0, le=1000)] = 80
+    """Best items of the session neighbours."""
+    sessions: Annotated[int, Meta(ge=0, le=10_000)] = 256
+    """Newest past sessions looked at for an item of the user's."""
+    nearest: Annotated[int, Meta(ge=0, le=1000)] = 100
+    """Session neighbours of a user."""
+    followers: Annotated[int, Meta(ge=0, le=256)] = 96
+    """Newest transitions out of the last item whose items are candidates."""
+    own: Annotated[int, Meta(ge=0, le=32)] = 20
+    """The user's own last items."""
+    popular: bool = True
+    """What is popular by any measure."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,10 +142,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Next offset per partition of the items topic that this catalogue already holds; missing ones
     are 0.
     """
+    signals_offset: Annotated[int, Meta(ge=0)] = 0
+    """Where a worker starts to read the signals topic for this release's memory."""
+    blend: BlendSpec | None = None
+    """None: lists are ranked by the model alone, and the release has neither of `OPTIONAL_FILES`
+    that go with a blend.
+    """
     metrics: dict[str, dict[str, float]] = {}
     """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
     files: dict[str, str]
-    """sha256, hex, of each of `FILES`."""
+    """sha256, hex, of each of `FILES`, and of the `OPTIONAL_FILES` that are there."""
 
     @property
     def state_floats(self) -> int:
@@ -159,7 +196,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ContractError: missing, too large, not JSON, of another schema, of a release that is called
-            otherwise, or naming other files than `FILES`.
+            otherwise, or naming other files than `FILES`, or a blend without its files.
     """
     path = folder / MANIFEST_NAME
     where = f"release {folder.name}"
@@ -184,9 +221,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise ContractError(
             f"{where}: its manifest calls it {manifest.release!r}", reason="release-name"
         )
-    if set(manifest.files) != set(FILES):
+    named, required = set(manifest.files), set(FILES)
+    if manifest.blend is not None:
+        required |= {BLEND_NAME, MEMORY_NAME}
+    if not required <= named or named - {*FILES, *OPTIONAL_FILES}:
         raise ContractError(
-            f"{where}: manifest names files {sorted(manifest.files)}, expected {sorted(FILES)}",
+            f"{where}: manifest names files {sorted(named)}, expected {sorted(required)} "
+            f"and none but {', '.join(OPTIONAL_FILES)} besides",
             reason="manifest",
         )
     return manifest

@@ -16,11 +16,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Engine, Scanner
 from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
 from afterclick.serving.manifest import (
-    FILES,
     MANIFEST_NAME,
     SELF_TEST_NAME,
     Manifest,
@@ -30,6 +30,7 @@ from afterclick.serving.manifest import (
     sha256_of,
     verify_files,
 )
+from afterclick.serving.memory import Memory
 from afterclick.serving.place import Place
 from afterclick.serving.settings import ServingSettings
 
@@ -52,8 +53,15 @@ class LoadedRelease:
         self.engine = Engine(
             folder, self.manifest, provider=settings.provider, threads=settings.threads
         )
-        self_test(folder, self.engine)
+        self.blend: Blend | None = None
+        """None: lists are the model's own ranking."""
+        self.memory: Memory | None = None
+        if self.manifest.blend is not None:
+            self.blend = Blend(folder, self.manifest, threads=settings.threads)
+        self_test(folder, self.engine, self.blend)
         self.catalog = Catalog.from_release(folder, self.manifest)
+        if self.blend is not None:
+            self.memory = Memory.from_release(folder, self.manifest, self.catalog.ids)
         self.scanner = Scanner(
             self.catalog.scan_vectors_ND,
             provider=settings.provider,
@@ -80,7 +88,13 @@ class LoadedRelease:
             state_BS = self.engine.advance(
                 state_BS, x_TBE, lens_B, event_TB=codes_TB, gap_TB=codes_TB
             )
-            self.scanner.top(self.engine.query(state_BS), want)
+            query_BD = self.engine.query(state_BS)
+            self.scanner.top(query_BD, want)
+            if self.blend is not None and self.memory is not None:
+                contexts = [Context()] * num_users
+                self.blend.rank(
+                    query_BD, contexts, self.memory, self.catalog, self.scanner, want=want
+                )
 
 
 class ReleaseStore:
@@ -143,7 +157,7 @@ class ReleaseStore:
             # The manifest goes last: a folder without one is no release.
             remote = self._place.remote
             remote.makedirs(self._place.path(folder.name), exist_ok=True)
-            for name in (*FILES, MANIFEST_NAME):
+            for name in (*manifest.files, MANIFEST_NAME):
                 remote.put_file(str(folder / name), self._place.path(f"{folder.name}/{name}"))
             shutil.rmtree(folder.parent)
             return
@@ -192,10 +206,12 @@ class ReleaseStore:
             raise ContractError(f"{self.root}: no release {release!r}", reason="torn")
         pulled = self.staging(release)
         try:
-            for name in (*FILES, MANIFEST_NAME):
-                self._place.remote.get_file(
-                    self._place.path(f"{release}/{name}"), str(pulled / name)
-                )
+            self._pull(release, MANIFEST_NAME, pulled)
+            for name in read_manifest(pulled).files:
+                self._pull(release, name, pulled)
+        except ContractError:
+            shutil.rmtree(pulled.parent, ignore_errors=True)
+            raise
         except Exception as error:
             shutil.rmtree(pulled.parent, ignore_errors=True)
             raise UnavailableError(f"release {release} at {self.root}: {error!r}") from error
@@ -203,6 +219,9 @@ class ReleaseStore:
             pulled.rename(folder)
         shutil.rmtree(pulled.parent, ignore_errors=True)
         return folder
+
+    def _pull(self, release: str, name: str, folder: Path) -> None:
+        self._place.remote.get_file(self._place.path(f"{release}/{name}"), str(folder / name))
 
     def list(self) -> list[str]:
         """Names of the releases that are there, sorted."""
@@ -231,8 +250,8 @@ def load_checked(folder: Path, publication: Publication) -> Manifest:
     return manifest
 
 
-def self_test(folder: Path, engine: Engine) -> None:
-    """Run a release's recorded inputs and compare.
+def self_test(folder: Path, engine: Engine, blend: Blend | None = None) -> None:
+    """Run a release's recorded inputs and compare; a release with a blend has some for it, too.
 
     Raises:
         ContractError: the recording cannot be read, or an output is further than
@@ -250,6 +269,8 @@ def self_test(folder: Path, engine: Engine) -> None:
             gap_TB=data.get("gap"),
         )
         found = {"state_next": state_BS, "query": engine.query(state_BS)}
+        if blend is not None:
+            found["blend_score"] = blend.scores(data["blend_features"])
         for name, array in found.items():
             worst = float(np.abs(array - data[name]).max())
             if not worst <= SELF_TEST_TOLERANCE:
@@ -258,5 +279,5 @@ def self_test(folder: Path, engine: Engine) -> None:
                     f"at most {SELF_TEST_TOLERANCE:.0e} is allowed",
                     reason="self-test",
                 )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, AssertionError) as error:
+    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile, AssertionError) as error:
         raise ContractError(f"{where}: cannot run: {error!r}", reason="self-test") from error

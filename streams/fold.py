@@ -17,9 +17,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
+from afterclick.serving.memory import Memory
 from afterclick.serving.ranking import Ranked, pick, pick_plain, rank_all
 from afterclick.serving.records import (
     INTERACTION_BYTES,
@@ -50,6 +52,8 @@ class Release(Protocol):
     engine: Engine
     catalog: Catalog
     scanner: Scanner
+    blend: Blend | None
+    memory: Memory | None
 
 
 class Inputs(NamedTuple):
@@ -237,19 +241,32 @@ def rank_states(
     *,
     want: int,
     seen: Sequence[frozenset[int]] | None = None,
+    contexts: Sequence[Context] | None = None,
 ) -> list[Ranked]:
-    """Lists of users from their states.
+    """Lists of users from their states, by the release's blend where it has one.
 
     Args:
         states_BS: states as records hold them.
         release: the engine and the catalogue to score.
         want: items per list.
         seen: per user, item hashes to leave out.
+        contexts: what the blend must know of the users; None ranks people without a past.
     """
     ranked: list[Ranked] = []
     size = max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // release.scanner.num_rows))
     for start in range(0, len(states_BS), size):
         q_BD = release.engine.query(states_BS[start : start + size])
+        if release.blend is not None and release.memory is not None:
+            ranked += release.blend.rank(
+                q_BD,
+                (contexts or [Context()] * len(states_BS))[start : start + size],
+                release.memory,
+                release.catalog,
+                release.scanner,
+                want=want,
+                drops=None if seen is None else seen[start : start + size],
+            )
+            continue
         drops = [_ids_of(hashes, release.catalog) for hashes in (seen or ())[start : start + size]]
         fetch = want + 1 + max((len(drop) for drop in drops), default=0)
         scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
@@ -471,7 +488,11 @@ def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked
     seen = None
     if inputs.rules.filter_seen:
         seen = [_hashes(draft) for draft in drafts]
-    return rank_states(states_BS, release, want=inputs.rules.k + inputs.rules.margin, seen=seen)
+    contexts = [
+        Context(draft.interactions, draft.clicks, draft.last_ms, draft.event_ms) for draft in drafts
+    ]
+    want = inputs.rules.k + inputs.rules.margin
+    return rank_states(states_BS, release, want=want, seen=seen, contexts=contexts)
 
 
 def _hashes(draft: _Draft) -> frozenset[int]:

@@ -12,18 +12,23 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from afterclick.serving.blend import Blend
 from afterclick.serving.engine import Engine
+from afterclick.serving.features import FEATURES
 from afterclick.serving.manifest import (
+    BLEND_NAME,
     FILES,
     GAP_BUCKETS,
     ITEMS_NAME,
     MANIFEST_NAME,
+    OPTIONAL_FILES,
     QUERY_NAME,
     SCAN_VECTORS_NAME,
     SCHEMA,
     SELF_TEST_NAME,
     STEP_NAME,
     STEP_VECTORS_NAME,
+    BlendSpec,
     ItemRow,
     ItemTable,
     Manifest,
@@ -32,6 +37,8 @@ from afterclick.serving.manifest import (
     StepInputs,
     sha256_of,
 )
+from afterclick.serving.memory import memory_of
+from afterclick.training.blend_graph import blend_graph
 
 
 def write_tiny_release(
@@ -42,6 +49,7 @@ def write_tiny_release(
     seed: int = 0,
     categories: int = 5,
     items: list[ItemRow] | None = None,
+    blend: bool = False,
 ) -> Manifest:
     """Write a complete release into `folder`, whose name is its id."""
     rng = np.random.default_rng(seed)
@@ -72,9 +80,14 @@ def write_tiny_release(
         snapshot=Snapshot(source="random"),
         files={},
     )
+    files = FILES
+    if blend:
+        manifest = msgspec.structs.replace(manifest, blend=BlendSpec(features=list(FEATURES)))
+        _write_blend(folder, [item.item_id for item in items], rng)
+        files = (*FILES, *OPTIONAL_FILES)
     _write_self_test(folder, manifest, rng)
     manifest = msgspec.structs.replace(
-        manifest, files={name: sha256_of(folder / name) for name in FILES}
+        manifest, files={name: sha256_of(folder / name) for name in files}
     )
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
     return manifest
@@ -96,7 +109,24 @@ def _write_self_test(folder: Path, manifest: Manifest, rng: np.random.Generator)
     }
     feed["state"] = feed["state"].astype(np.float32)
     after = engine.advance(feed["state"], feed["x"], feed["lens"], gap_TB=feed["gap"])
+    if manifest.blend is not None:
+        feed["blend_features"] = rng.standard_normal((8, len(FEATURES))).astype(np.float32)
+        feed["blend_score"] = Blend(folder, manifest).scores(feed["blend_features"])
     np.savez(folder / SELF_TEST_NAME, **feed, state_next=after, query=engine.query(after))
+
+
+def _write_blend(folder: Path, ids: list[str], rng: np.random.Generator) -> None:
+    """Random weights, and the memory of a thousand random moves of twenty users."""
+    width, units = len(FEATURES), 8
+    layers = [
+        (rng.standard_normal(shape).astype(np.float32), np.zeros(shape[1], np.float32))
+        for shape in ((width, units), (units, 1))
+    ]
+    graph = blend_graph(np.zeros(width, np.float32), np.full(width, 0.3, np.float32), layers)
+    onnx.save(graph, folder / BLEND_NAME)
+    start_S1 = np.arange(0, 1001, 50)
+    time_P = rng.integers(1, 1 << 40, 1000)
+    memory_of(ids, start_S1, rng.integers(0, len(ids), 1000), time_P, per_item=50).save(folder)
 
 
 def _step_graph(rng: np.random.Generator, units: int) -> onnx.ModelProto:

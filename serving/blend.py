@@ -1,0 +1,305 @@
+"""The blend: candidates of several sources, described and scored by a small fitted graph.
+
+Candidates come from the model's own ranking, the session neighbours, what followed the user's last
+items, the user's own items and what is popular; `blend.onnx` scores their features; the best K are
+the list, ties by item id. Knows no Redis or Kafka. A user's list does not depend on who shares the
+batch. Shape letters: B users, D scan vector, C the model's best rows, R candidates, L places.
+"""
+
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from afterclick.serving import neighbours
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import F32, I64, MASKED, Provider, Scanner, session_of
+from afterclick.serving.errors import ContractError
+from afterclick.serving.features import (
+    RECENT,
+    Past,
+    Pool,
+    Scored,
+    columns_of,
+    describe,
+)
+from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
+from afterclick.serving.memory import UNKNOWN, Memory
+from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
+from afterclick.serving.records import INTERACTION_BYTES
+
+USERS_MAX = 64
+"""Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
+
+PAIRS_MAX = 1 << 24
+"""Pairs of user and item at once: a scratch of 128 MB."""
+
+_INTERACTION = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
+
+
+class Context(NamedTuple):
+    """A user, as the blend sees one; the defaults are somebody without a past."""
+
+    interactions: bytes = b""
+    """Packed, as a record keeps them."""
+    clicks: int = 0
+    last_ms: int = 0
+    now_ms: int = 0
+    """Time of the event that the list answers, or the memory's clock where that is later."""
+
+
+class Rows(NamedTuple):
+    """Where the memory's items stand in the catalogue."""
+
+    row_N: I64
+    """Negative where an item has no row."""
+    code_of_row: I64
+    """Negative for a row that holds nothing."""
+    hidden_N: npt.NDArray[np.bool_]
+
+
+class Candidates(NamedTuple):
+    """Candidates of some users and what is known of them."""
+
+    pool: Pool
+    feature_RF: F32
+    """In the order of `features.FEATURES`."""
+
+
+class Blend:
+    """Candidates, features and the graph of one release; safe to call from several threads."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, provider: Provider = "cpu", threads: int = 1
+    ) -> None:
+        assert manifest.blend is not None
+        self.spec = manifest.blend
+        try:
+            self._columns = columns_of(self.spec.features)
+        except KeyError as error:
+            raise ContractError(
+                f"release {manifest.release}: its blend wants the feature {error}, which this "
+                "worker does not know; upgrade the worker",
+                reason="blend",
+            ) from error
+        self._kept: tuple[tuple[int, ...], Rows | None] = (), None
+        self._session = session_of(folder / BLEND_NAME, provider, threads)
+        width = self._session.get_inputs()[0].shape[1]
+        if width != len(self._columns):
+            raise ContractError(
+                f"release {manifest.release}: {BLEND_NAME} takes {width} features, the manifest "
+                f"names {len(self._columns)}",
+                reason="graph",
+            )
+
+    def rank(
+        self,
+        query_BD: F32,
+        contexts: Sequence[Context],
+        memory: Memory,
+        catalog: Catalog,
+        scanner: Scanner,
+        *,
+        want: int,
+        drops: Sequence[frozenset[int]] | None = None,
+    ) -> list[Ranked]:
+        """Lists of users.
+
+        Args:
+            query_BD: the model's queries.
+            contexts: of the same users.
+            memory: as of the signals offset in force.
+            catalog: decides what may be listed.
+            scanner: over the catalogue's vectors.
+            want: items per list; fewer where there are not so many candidates.
+            drops: per user, hashes of items left out.
+        """
+        rows = self._rows_of(memory, catalog)
+        size = max(2, min(USERS_MAX, PAIRS_MAX // max(memory.num_items, 1)))
+        ranked: list[Ranked] = []
+        for begin in range(0, len(query_BD), size):
+            part = slice(begin, begin + size)
+            gone = drops[part] if drops is not None else None
+            found = gather(
+                self.spec, query_BD[part], contexts[part], memory, rows, scanner, want, gone
+            )
+            score_R = self.scores(found.feature_RF)
+            ranked += _lists(found.pool, score_R, memory, want)
+        return ranked
+
+    def scores(self, feature_RF: F32) -> F32:
+        """(R,) scores of candidates whose columns are all of `features.FEATURES`."""
+        own_RF = np.ascontiguousarray(feature_RF[:, self._columns])
+        num_rows = len(own_RF)
+        if not num_rows:
+            return np.zeros(0, np.float32)
+        if num_rows < 2:  # one row takes another kernel, whose bits differ
+            own_RF = np.resize(own_RF, (2, len(self._columns)))
+        score_R: F32 = self._session.run(["score"], {"features": own_RF})[0]
+        return score_R[:num_rows]
+
+    def _rows_of(self, memory: Memory, catalog: Catalog) -> Rows:
+        state = (id(memory), id(catalog), memory.num_items, catalog.num_items, *catalog.offsets)
+        kept_state, rows = self._kept
+        if rows is None or kept_state != state:
+            rows = rows_of(memory, catalog)
+            self._kept = (*state[:2], memory.num_items, *state[3:]), rows
+        return rows
+
+
+def gather(
+    spec: BlendSpec,
+    query_BD: F32,
+    contexts: Sequence[Context],
+    memory: Memory,
+    rows: Rows,
+    scanner: Scanner,
+    want: int,
+    drops: Sequence[frozenset[int]] | None = None,
+) -> Candidates:
+    """Candidates of at most `USERS_MAX` users, and their features."""
+    num_users, num_codes = len(query_BD), memory.num_items
+    past = past_of(contexts, memory)
+    dropped = _dropped(drops, memory)
+    deepest = max((len(own) for own in drops or ()), default=0)
+    score_BN, best_BC, user_E, code_E = _of_model(
+        scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
+    )
+    near = neighbours.neighbour_items(
+        memory.sessions, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
+    )
+    keys = [user_E * num_codes + code_E]
+    user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
+    keys.append(user_E * num_codes + memory.next.item_A[at_E])
+    own_BL = past.item_BL[:, : spec.own]
+    user_E, place_E = np.nonzero(own_BL >= 0)
+    keys.append(user_E * num_codes + own_BL[user_E, place_E])
+    if spec.popular:
+        keys.append((np.arange(num_users)[:, None] * num_codes + memory.popular).ravel())
+    keys.append(_best_near(near, spec.neighbours, num_users, memory))
+    key_E = np.concatenate(keys)
+    key_E = key_E[~rows.hidden_N[key_E % num_codes]]
+    if len(dropped):
+        key_E = key_E[~np.isin(key_E, dropped)]
+    pool = Pool(key_E, num_users, num_codes)
+    row_R = rows.row_N[pool.code_R]
+    own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
+    scored = Scored(best_BC[:, : max(spec.model, 1)], own_R)
+    return Candidates(pool, describe(pool, past, memory, scored, near))
+
+
+def past_of(contexts: Sequence[Context], memory: Memory) -> Past:
+    """Pasts as codes, from the packed interactions."""
+    tails = [context.interactions[-RECENT * INTERACTION_BYTES :] for context in contexts]
+    kept_E = np.frombuffer(b"".join(tails), _INTERACTION)
+    size_B = np.array([len(tail) // INTERACTION_BYTES for tail in tails], np.int64)
+    user_E = np.repeat(np.arange(len(tails)), size_B)
+    place_E = np.repeat(np.cumsum(size_B), size_B) - 1 - np.arange(len(kept_E))
+    find = memory.code_of_hash.get
+    code_E = np.array([find(hash_, UNKNOWN) for hash_ in kept_E["hash"].tolist()], np.int64)
+    # A reset stands before the interaction that carries it: what is older is another session.
+    length_B = size_B.copy()
+    reset = np.flatnonzero(kept_E["traits"] >> 15)
+    np.minimum.at(length_B, user_E[reset], place_E[reset] + 1)
+    item_BL = np.full((len(tails), RECENT), UNKNOWN, np.int64)
+    valid = place_E < length_B[user_E]
+    item_BL[user_E[valid], place_E[valid]] = code_E[valid]
+    return Past(
+        item_BL,
+        length_B,
+        np.array([context.clicks for context in contexts], np.int64),
+        np.array([context.last_ms for context in contexts], np.int64),
+        np.array([max(context.now_ms, memory.clock_ms) for context in contexts], np.int64),
+    )
+
+
+def rows_of(memory: Memory, catalog: Catalog) -> Rows:
+    """Where the memory's items stand; catalogue items that it lacks are numbered first."""
+    memory.know(catalog.ids)
+    row_N = np.array([-1 if row is None else row for row in map(catalog.row, memory.ids)], np.int64)
+    code_of_row = np.full(len(catalog.scan_vectors_ND), UNKNOWN, np.int64)
+    with_row = np.flatnonzero(row_N >= 0)
+    code_of_row[row_N[with_row]] = with_row
+    hidden_N = np.array([not catalog.is_available(item_id) for item_id in memory.ids], bool)
+    return Rows(row_N, code_of_row, hidden_N)
+
+
+def _of_model(
+    scanner: Scanner,
+    query_BD: F32,
+    rows: Rows,
+    num_best: int,
+    dropped: I64,
+    deepest: int,
+    num_codes: int,
+) -> tuple[F32, F32, I64, I64]:
+    """All scores, each user's best ones, and user and code of these."""
+    score_BK, row_BK, score_BN = scanner.top_and_scores(query_BD, num_best + deepest + 1)
+    code_BK = rows.code_of_row[row_BK]
+    fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
+    if row_BK.shape[1] < scanner.num_rows:
+        # A cut inside a group of equal scores would go by row: leave that group out.
+        fine_BK &= score_BK > score_BK[:, -1:]
+    if len(dropped):
+        key_BK = np.arange(len(query_BD))[:, None] * num_codes + code_BK
+        fine_BK &= ~np.isin(key_BK, dropped)
+    place_BK = np.cumsum(fine_BK, axis=1)
+    user_E, at_E = np.nonzero(fine_BK & (place_BK <= num_best))
+    best_BC = np.full((len(query_BD), num_best), MASKED, np.float32)
+    best_BC[user_E, place_BK[user_E, at_E] - 1] = score_BK[user_E, at_E]
+    return score_BN, best_BC, user_E, code_BK[user_E, at_E]
+
+
+def _best_near(
+    near: tuple[I64, I64, npt.NDArray[np.float64]], num_best: int, num_users: int, memory: Memory
+) -> I64:
+    """Keys of each user's best items by the neighbours."""
+    user_E, code_E = near[:2]
+    if not len(user_E):
+        return np.zeros(0, np.int64)
+    pool = Pool(user_E * memory.num_items + code_E, num_users, memory.num_items)
+    score_R = pool.sums(*near)
+    most_B = np.maximum.reduceat(np.append(score_R, 0.0), pool.begin_B1)[:-1]
+    # Of equal scores those with the lower hash, which no code decides.
+    fine_R = (memory.hash_N[pool.code_R] >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    share_R = score_R / np.maximum(most_B[pool.user_R], 1e-9) - 1e-9 * fine_R
+    order = np.argsort(2.0 * pool.user_R - share_R)
+    place = np.arange(len(order)) - pool.begin_B1[pool.user_R[order]]
+    best: I64 = pool.key_R[order[place < num_best]]
+    return best
+
+
+def _dropped(drops: Sequence[frozenset[int]] | None, memory: Memory) -> I64:
+    """Keys of what is left out."""
+    keys = [
+        user * memory.num_items + code
+        for user, hashes in enumerate(drops or ())
+        for code in map(memory.code_of_hash.get, hashes)
+        if code is not None
+    ]
+    return np.array(keys, np.int64)
+
+
+def _lists(pool: Pool, score_R: F32, memory: Memory, want: int) -> list[Ranked]:
+    ranked = []
+    shown_R = np.round(score_R.astype(np.float64), SCORE_DECIMALS)
+    ids = memory.ids
+    for begin, end in zip(pool.begin_B1[:-1].tolist(), pool.begin_B1[1:].tolist(), strict=True):
+        own = score_R[begin:end]
+        order = np.argsort(-own, kind="stable")
+        head = own[order[: want + 1]]
+        codes = pool.code_R[begin:end]
+        if (head[1:] == head[:-1]).any():
+            names = [ids[code] for code in codes.tolist()]
+            values = own.tolist()
+            order = np.array(
+                sorted(range(len(names)), key=lambda at: (-values[at], names[at])), np.int64
+            )
+        order = order[:want]
+        items = [ids[code] for code in codes[order].tolist()]
+        ranked.append(Ranked(items, shown_R[begin:end][order].tolist()))
+    return ranked

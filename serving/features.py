@@ -1,0 +1,298 @@
+"""What the blend knows of a candidate: columns of numbers, most of them logarithms.
+
+Candidates of several users stand in rows, user after user. Every number of a row depends on its own
+user, the memory and the model alone, never on who else is in the batch. The trainer fits on exactly
+these. Shape letters: R rows (candidates), B users, E entries of the memory, L places of the past,
+newest first, C the model's best items, F features.
+"""
+
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from afterclick.serving.engine import F32
+from afterclick.serving.memory import HALF_LIVES_MS, HOUR_MS, TICKS, Memory
+from afterclick.serving.trails import Trails
+
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+RECENT = 32
+"""Interactions of a past that are looked at."""
+
+OLDER = 4
+"""Places of the past whose trails are followed, the last one apart from the others."""
+
+STEP_FALL = 0.6
+"""Weight of a transition for every further step between its two items."""
+
+NEW = 32
+"""Newest transitions that `next_new` counts."""
+
+_HEATS = ("heat_30m", "heat_2h", "heat_6h", "heat_24h", "heat_72h", "heat_moves")
+
+MODEL_FEATURES = ("model", "model_rank")
+NEIGHBOUR_FEATURES = ("near", "near_share")
+TRANSITION_FEATURES = ("next", "next_new", "skip", "older", "back", "pair", "next_day")
+REPEAT_FEATURES = ("is_last", "is_second", "is_third", "is_older", "times")
+POPULARITY_FEATURES = ("popular", *_HEATS, "untouched", "age")
+CONTEXT_FEATURES = ("length", "clicks", "last_count", "pair_count", "repeats", "idle")
+"""Of the user alone: what the others are worth depends on them."""
+
+FEATURES = (
+    *MODEL_FEATURES,
+    *NEIGHBOUR_FEATURES,
+    *TRANSITION_FEATURES,
+    *REPEAT_FEATURES,
+    *POPULARITY_FEATURES,
+    *CONTEXT_FEATURES,
+)
+
+TIMED = ("next_day", *_HEATS[:-1], "untouched", "age", "idle")
+"""These say nothing where a log has no times."""
+
+MODEL_FLOOR = -14.0
+"""Logarithm of the model's share for what is far down, or has no row."""
+
+_COLUMN = {name: at for at, name in enumerate(FEATURES)}
+
+
+Put = Callable[[str, npt.NDArray[np.floating]], None]
+"""Takes a feature's name and its column."""
+
+
+class Past(NamedTuple):
+    """What users touched since they began, or were reset."""
+
+    item_BL: I64
+    """Codes, newest first; negative where there is none, or the memory does not know it."""
+    length_B: I64
+    """At most `RECENT`."""
+    clicks_B: I64
+    last_ms_B: I64
+    now_ms_B: I64
+
+
+class Pool:
+    """The candidates of some users: distinct pairs of user and code, in that order."""
+
+    def __init__(self, key_E: I64, num_users: int, num_codes: int) -> None:
+        key_E = np.sort(key_E)
+        self.key_R = key_E[np.diff(key_E, prepend=-1) != 0]
+        self.user_R, self.code_R = np.divmod(self.key_R, num_codes)
+        self.num_codes = num_codes
+        self.begin_B1 = np.searchsorted(self.user_R, np.arange(num_users + 1))
+        # A place for every pair, never cleaned: what a place says is checked against its row.
+        self._slot = _scratch(num_users * num_codes)
+        self._slot[self.key_R] = np.arange(len(self.key_R))
+
+    def __len__(self) -> int:
+        return len(self.key_R)
+
+    def find(self, user_E: I64, code_E: I64) -> tuple[I64, I64]:
+        """Entries whose pair is a candidate, and its row."""
+        if not len(self.key_R):
+            nothing = np.zeros(0, np.int64)
+            return nothing, nothing
+        key_E = user_E * self.num_codes + code_E
+        row_E = np.minimum(self._slot[key_E], len(self.key_R) - 1)
+        hit = np.flatnonzero(self.key_R[row_E] == key_E)
+        return hit, row_E[hit]
+
+    def sums(self, user_E: I64, code_E: I64, weight_E: F64 | None = None) -> F64:
+        """(R,) sum of the weights, or the number, of each candidate's entries."""
+        hit, row = self.find(user_E, code_E)
+        weight = None if weight_E is None else weight_E[hit]
+        return np.bincount(row, weight, len(self)).astype(np.float64)
+
+
+class Scored(NamedTuple):
+    """The model's scores."""
+
+    best_BC: F32
+    """Falling."""
+    own_R: F32
+    """Of each candidate; very low where it has no row, or is hidden."""
+
+
+def describe(
+    pool: Pool,
+    past: Past,
+    memory: Memory,
+    scored: Scored,
+    near: tuple[I64, I64, F64],
+) -> F32:
+    """(R, F) all features of all candidates, in the order of `FEATURES`.
+
+    Args:
+        pool: the candidates.
+        past: of their users.
+        memory: as it is now.
+        scored: what the model says.
+        near: what the session neighbours say: user, code and score of every entry.
+    """
+    out_FR = np.zeros((len(FEATURES), len(pool)), np.float32)
+    user_R, code_R = pool.user_R, pool.code_R
+
+    def put(name: str, value_R: npt.NDArray[np.floating]) -> None:
+        out_FR[_COLUMN[name]] = value_R
+
+    _model(put, pool, scored)
+    score_R = pool.sums(*near)
+    most_B = np.maximum(np.maximum.reduceat(np.append(score_R, 0.0), pool.begin_B1)[:-1], 1e-9)
+    all_B = np.bincount(near[0], near[2], len(past.length_B)) + 1e-9
+    put("near", _log(score_R / most_B[user_R] + 1e-3))
+    put("near_share", _log(score_R / all_B[user_R] + 1e-4))
+    share_R = memory.count_N[code_R] / max(memory.moves, 1)
+    _transitions(put, pool, past, memory, share_R)
+    _repeats(put, pool, past)
+    put("popular", _log(share_R + 1e-6))
+    _heats(put, pool, past, memory)
+    put("length", _log(1.0 + past.length_B)[user_R])
+    put("clicks", _log(1.0 + past.clicks_B)[user_R])
+    idle_B = np.maximum(past.now_ms_B - past.last_ms_B, 0)
+    put("idle", np.where(past.length_B > 0, _log(1.0 + idle_B / 1000.0), 0.0)[user_R])
+    return np.ascontiguousarray(out_FR.T)
+
+
+def columns_of(names: list[str]) -> list[int]:
+    """Places of these features among all.
+
+    Raises:
+        KeyError: no such feature.
+    """
+    return [_COLUMN[name] for name in names]
+
+
+def _model(put: Put, pool: Pool, scored: Scored) -> None:
+    best_BC = scored.best_BC
+    top_B = best_BC[:, 0]
+    mass_B = _log(np.exp(best_BC - top_B[:, None]).sum(axis=1))
+    share_R = scored.own_R - (top_B + mass_B)[pool.user_R]
+    put("model", np.maximum(share_R, MODEL_FLOOR))
+    # Of equal scores the best place: the order of rows says nothing.
+    num_best = best_BC.shape[1]
+    key_BC = -best_BC.astype(np.float64)
+    rank_R = np.empty(len(pool))
+    for user in range(len(best_BC)):
+        own = slice(pool.begin_B1[user], pool.begin_B1[user + 1])
+        rank_R[own] = np.searchsorted(key_BC[user], -scored.own_R[own].astype(np.float64))
+    put("model_rank", _log(1.0 + np.minimum(rank_R, num_best)))
+
+
+def _transitions(put: Put, pool: Pool, past: Past, memory: Memory, share_R: F64) -> None:
+    user_R = pool.user_R
+    last_B = past.item_BL[:, 0]
+    user_E, at_E = memory.next.find(last_B)
+    item_E = memory.next.item_A[at_E].astype(np.int64)
+    hit, row = pool.find(user_E, item_E)
+    size_B = np.bincount(user_E, minlength=len(last_B)).astype(np.float64)
+    count_R = np.bincount(row, minlength=len(pool)).astype(np.float64)
+    put("next", _log((count_R + 2 * share_R) / (size_B[user_R] + 2) + 1e-6))
+    end_B = np.cumsum(size_B).astype(np.int64)
+    new = (end_B[user_E] - np.arange(len(user_E)) <= NEW)[hit]
+    new_R = np.bincount(row[new], minlength=len(pool))
+    put("next_new", _log((new_R + share_R) / (np.minimum(size_B, NEW)[user_R] + 1) + 1e-5))
+    age_E = np.maximum(past.now_ms_B[user_E] - memory.next.ms_A[at_E], 0)
+    fresh_E = np.exp2(-(age_E / (24.0 * HOUR_MS)))
+    day_R = np.bincount(row, fresh_E[hit], len(pool))
+    day_B = np.bincount(user_E, fresh_E, len(last_B))
+    put("next_day", _log((day_R + share_R) / (day_B[user_R] + 1) + 1e-6))
+    second_B = past.item_BL[:, 1]
+    same = (memory.next.mark_A[at_E] == second_B[user_E]) & (second_B[user_E] >= 0)
+    pair_R = np.bincount(row, same[hit], len(pool))
+    pair_B = np.bincount(user_E, same, len(last_B))
+    put("pair", _log((pair_R + 1e-2) / (pair_B[user_R] + 1)))
+    put("pair_count", _log(1.0 + pair_B)[user_R])
+    total_B = np.where(last_B < 0, 0, memory.next.total_N[np.maximum(last_B, 0)])
+    put("last_count", _log(1.0 + total_B)[user_R])
+    later = _later(memory.later, last_B)
+    skip_R = count_R + pool.sums(*later)
+    skip_B = size_B + np.bincount(later[0], later[2], len(last_B))
+    put("skip", _log((skip_R + 2 * share_R) / (skip_B[user_R] + 2) + 1e-6))
+    user_E, at_E = memory.back.find(last_B)
+    back_R = pool.sums(user_E, memory.back.item_A[at_E].astype(np.int64))
+    back_B = np.bincount(user_E, minlength=len(last_B))
+    put("back", _log((back_R + share_R) / (back_B[user_R] + 1) + 1e-5))
+    older_R, weight = np.zeros(len(pool)), 0.0
+    for place in range(1, OLDER):
+        owner_B = past.item_BL[:, place]
+        user_E, at_E = memory.next.find(owner_B, 128)
+        size_B = np.bincount(user_E, minlength=len(last_B)).astype(np.float64)
+        found_R = pool.sums(user_E, memory.next.item_A[at_E].astype(np.int64))
+        older_R += STEP_FALL ** (place - 1) * found_R / (size_B[user_R] + 2)
+        weight += STEP_FALL ** (place - 1)
+    put("older", _log(older_R / weight + 1e-4))
+
+
+def _later(trails: Trails, owner_B: I64) -> tuple[I64, I64, F64]:
+    user_E, at_E = trails.find(owner_B)
+    return user_E, trails.item_A[at_E].astype(np.int64), _STEP_WEIGHT[trails.mark_A[at_E]]
+
+
+def _repeats(put: Put, pool: Pool, past: Past) -> None:
+    # From the oldest to the newest, so that the newest place of an item is written last.
+    user_E, back_E = np.nonzero(past.item_BL[:, ::-1] >= 0)
+    place_E = past.item_BL.shape[1] - 1 - back_E
+    hit, row = pool.find(user_E, past.item_BL[user_E, place_E])
+    ago_R = np.full(len(pool), -1, np.int64)
+    ago_R[row] = place_E[hit]
+    for place, name in enumerate(("is_last", "is_second", "is_third")):
+        put(name, (ago_R == place).astype(np.float32))
+    put("is_older", np.where(ago_R > 2, 1.0 / _log(np.maximum(ago_R, 2) + 0.0), 0.0))
+    put("times", _log(1.0 + np.bincount(row, minlength=len(pool))))
+    known_BL = past.item_BL >= 0
+    same_BLL = past.item_BL[:, :, None] == past.item_BL[:, None, :]
+    again_BL = (same_BLL & _LATER_LL).any(axis=2) & known_BL
+    repeats_B = again_BL.sum(axis=1) / np.maximum(past.length_B, 1)
+    put("repeats", repeats_B[pool.user_R])
+
+
+def _heats(put: Put, pool: Pool, past: Past, memory: Memory) -> None:
+    code_R = pool.code_R
+    now_R = past.now_ms_B[pool.user_R]
+    heat_RH = memory.heat_NH[code_R]
+    tick_RH = memory.tick_NH[code_R]
+    for at, name in enumerate(_HEATS):
+        if at < len(HALF_LIVES_MS):
+            now = now_R * TICKS // HALF_LIVES_MS[at]
+        else:
+            now = np.full(len(pool), memory.moves * TICKS // memory.half_life_moves)
+        total = memory.total_heat_H[at] + 1.0
+        halves_R = np.maximum(now - tick_RH[:, at], 0) / TICKS
+        spent_R = np.maximum(now - memory.total_tick_H[at], 0) / TICKS
+        # In logarithms a half-life is a difference; what is nearly gone is all the same.
+        own_R = np.maximum(_log(heat_RH[:, at] + 1e-9) - np.log(2.0) * halves_R, -7.0)
+        all_R = np.maximum(np.log(total) - np.log(2.0) * spent_R, 0.0)
+        put(name, own_R - all_R)
+    put("untouched", _age(now_R - memory.last_ms_N[code_R], memory.count_N[code_R]))
+    put("age", _age(now_R - memory.first_ms_N[code_R], memory.count_N[code_R]))
+
+
+def _age(ms_R: I64, count_R: I64) -> F64:
+    return np.where(count_R > 0, _log(1.0 + np.maximum(ms_R, 0) / 60_000.0), 12.0)
+
+
+def _log(value: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    return np.log(np.ascontiguousarray(value))
+
+
+_LATER_LL = np.tri(RECENT, k=-1, dtype=bool).T
+"""Places that are older than each place."""
+
+_STEP_WEIGHT = np.array([0.0, 1.0, STEP_FALL, STEP_FALL**2, STEP_FALL**3])
+
+_LOCAL = threading.local()
+
+
+def _scratch(size: int) -> I64:
+    """This thread's own array of at least this size, with anything in it."""
+    slot: I64 | None = getattr(_LOCAL, "slot", None)
+    if slot is None or len(slot) < size:
+        slot = _LOCAL.slot = np.zeros(size, np.int64)
+    return slot

@@ -1,0 +1,139 @@
+"""What came next to an item, the newest few hundred times: bounded, in order, for every item.
+
+Entries of one item stand together in an arena, oldest first, with room to grow; only the newest
+`WINDOW` of them are ever read. What is read depends on the entries pushed and their order alone,
+not on how the pushes were cut. Knows no item ids. Shape letters: N items, E entries, X owners asked
+for, G owners pushed to, A arena.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+I64 = npt.NDArray[np.int64]
+
+WINDOW = 256
+"""Newest entries of an item that count: more than a list has places, and what one look-up costs."""
+
+ROOM_MIN = 4
+"""Entries that an item's first room holds."""
+
+
+class Trails:
+    """Per item its newest entries: another item, a mark, and the time in ms."""
+
+    def __init__(self, num_items: int) -> None:
+        self.total_N = np.zeros(num_items, np.int64)
+        """Entries ever pushed."""
+        self.item_A = np.zeros(1024, np.int32)
+        self.mark_A = np.zeros(1024, np.int32)
+        self.ms_A = np.zeros(1024, np.int64)
+        self._begin_N = np.zeros(num_items, np.int64)
+        self._size_N = np.zeros(num_items, np.int64)
+        self._room_N = np.zeros(num_items, np.int64)
+        self._used = 0
+
+    def grow(self, num_items: int) -> None:
+        """Make room for items up to this number."""
+        more = num_items - len(self.total_N)
+        for name in ("total_N", "_begin_N", "_size_N", "_room_N"):
+            setattr(self, name, np.pad(getattr(self, name), (0, more)))
+
+    def push(self, owner_E: I64, item_E: I64, mark_E: I64, ms_E: I64) -> None:
+        """Append entries, in order."""
+        if not len(owner_E):
+            return
+        order = np.argsort(owner_E, kind="stable")
+        owner_E = owner_E[order]
+        first_G = np.flatnonzero(np.diff(owner_E, prepend=-1))
+        own_G, count_G = owner_E[first_G], np.diff(first_G, append=len(owner_E))
+        self.total_N[own_G] += count_G
+        new_G = np.minimum(count_G, WINDOW)
+        tight = self._size_N[own_G] + new_G > self._room_N[own_G]
+        if tight.any():
+            self._move(own_G[tight], new_G[tight])
+        entry = ranges(first_G + count_G - new_G, new_G)
+        at = ranges(self._begin_N[own_G] + self._size_N[own_G], new_G)
+        source = order[entry]
+        self.item_A[at], self.mark_A[at], self.ms_A[at] = (
+            item_E[source],
+            mark_E[source],
+            ms_E[source],
+        )
+        self._size_N[own_G] += new_G
+
+    def find(self, owner_X: I64, newest: int = WINDOW) -> tuple[I64, I64]:
+        """Number in `owner_X`, and place in the arena, of each owner's newest entries.
+
+        Oldest first; a negative owner has none.
+        """
+        known_X = np.maximum(owner_X, 0)
+        size_X = np.where(owner_X < 0, 0, self._size_N[known_X])
+        count_X = np.minimum(size_X, newest)
+        return (
+            np.repeat(np.arange(len(owner_X)), count_X),
+            ranges(self._begin_N[known_X] + size_X - count_X, count_X),
+        )
+
+    def dump(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything that is ever read, item after item."""
+        owner_X = np.arange(len(self.total_N))
+        at = self.find(owner_X)[1]
+        return {
+            "total": self.total_N,
+            "size": np.minimum(self._size_N, WINDOW),
+            "item": self.item_A[at],
+            "mark": self.mark_A[at],
+            "ms": self.ms_A[at],
+        }
+
+    @classmethod
+    def restored(cls, data: dict[str, npt.NDArray[Any]]) -> "Trails":
+        """From what `dump` gave.
+
+        Raises:
+            ValueError, IndexError: the arrays do not fit each other.
+        """
+        trails = cls(len(data["size"]))
+        owner_E = np.repeat(np.arange(len(data["size"])), data["size"])
+        trails.push(owner_E, data["item"], data["mark"], data["ms"])
+        trails.total_N = data["total"].astype(np.int64)
+        return trails
+
+    def _move(self, own_G: I64, new_G: I64) -> None:
+        """Give these items room for so many more."""
+        kept_G = np.minimum(self._size_N[own_G], WINDOW)
+        need_G = kept_G + new_G
+        room_G = np.maximum(need_G + np.minimum(need_G, WINDOW), ROOM_MIN)
+        if self._used + int(room_G.sum()) > len(self.item_A):
+            self._compact(int(room_G.sum()))
+        begin_G = self._used + np.cumsum(room_G) - room_G
+        source = ranges(self._begin_N[own_G] + self._size_N[own_G] - kept_G, kept_G)
+        target = ranges(begin_G, kept_G)
+        for array in (self.item_A, self.mark_A, self.ms_A):
+            array[target] = array[source]
+        self._begin_N[own_G], self._size_N[own_G] = begin_G, kept_G
+        self._room_N[own_G] = room_G
+        self._used += int(room_G.sum())
+
+    def _compact(self, extra: int) -> None:
+        """Drop rooms that were left and entries that no one reads; make place for more."""
+        kept_N = np.minimum(self._size_N, WINDOW)
+        # What is left of a room stays its own, so that compacting does not make moves.
+        room_N = np.minimum(self._room_N, kept_N + WINDOW)
+        source = ranges(self._begin_N + self._size_N - kept_N, kept_N)
+        self._begin_N = np.cumsum(room_N) - room_N
+        self._size_N, self._room_N, self._used = kept_N, room_N, int(room_N.sum())
+        target = ranges(self._begin_N, kept_N)
+        for name in ("item_A", "mark_A", "ms_A"):
+            old = getattr(self, name)
+            fresh = np.zeros(2 * (self._used + extra), old.dtype)
+            fresh[target] = old[source]
+            setattr(self, name, fresh)
+
+
+def ranges(begin_X: I64, count_X: I64) -> I64:
+    """All whole numbers begin, begin + 1, … of so many each, one range after the other."""
+    start_X = np.cumsum(count_X) - count_X
+    return np.repeat(begin_X - start_X, count_X) + np.arange(int(count_X.sum()))

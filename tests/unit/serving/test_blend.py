@@ -1,0 +1,154 @@
+"""The blend: lists from candidates, the same for a user whoever shares the batch."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from afterclick.serving.blend import Context
+from afterclick.serving.errors import ContractError
+from afterclick.serving.manifest import MANIFEST_NAME, Publication, read_manifest
+from afterclick.serving.memory import Move
+from afterclick.serving.ranking import Ranked
+from afterclick.serving.records import Interaction, item_hash, pack_interaction
+from afterclick.serving.releases import LoadedRelease, ReleaseStore
+from afterclick.serving.settings import ServingSettings
+from afterclick.streams.events import Item
+from afterclick.streams.fold import rank_states
+from tests.tiny_release import digest_of, write_tiny_release
+
+SETTINGS = ServingSettings(provider="cpu", threads=1)
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> LoadedRelease:
+    write_tiny_release(tmp_path / "r1", blend=True)
+    publication = Publication(number=1, release="r1", sha256=digest_of(tmp_path / "r1"))
+    return LoadedRelease(publication, tmp_path / "r1", SETTINGS)
+
+
+def a_context(rng: np.random.Generator, num: int, *, now_ms: int = 1 << 40) -> Context:
+    items = [item_hash(f"i{code:05d}") for code in rng.integers(0, 310, num)]
+    packed = [pack_interaction(Interaction(i, 1, 2, 3, 4, rng.random() < 0.05)) for i in items]
+    return Context(b"".join(packed), num, now_ms - 60_000, now_ms)
+
+
+def some(loaded: LoadedRelease, num: int = 100) -> tuple[np.ndarray, list[Context]]:
+    rng = np.random.default_rng(1)
+    state_BS = rng.standard_normal((num, loaded.manifest.state_floats)).astype(np.float32)
+    contexts = [a_context(rng, int(rng.integers(0, 50))) for _ in range(num)]
+    return loaded.engine.query(state_BS), contexts
+
+
+def rank(loaded: LoadedRelease, query_BD, contexts, **rest) -> list[Ranked]:
+    assert loaded.blend is not None
+    assert loaded.memory is not None
+    return loaded.blend.rank(
+        query_BD, contexts, loaded.memory, loaded.catalog, loaded.scanner, want=30, **rest
+    )
+
+
+def test_a_list_does_not_depend_on_who_shares_the_batch(loaded: LoadedRelease) -> None:
+    """100 users at once, seven by seven, or each alone: the same items and the same scores."""
+    query_BD, contexts = some(loaded)
+    whole = rank(loaded, query_BD, contexts)
+    for size in (1, 7):
+        parts = [
+            ranked
+            for at in range(0, 100, size)
+            for ranked in rank(loaded, query_BD[at : at + size], contexts[at : at + size])
+        ]
+        assert parts == whole
+    assert len({tuple(ranked.items) for ranked in whole}) == 100
+
+
+def test_a_move_changes_the_next_list(loaded: LoadedRelease) -> None:
+    """A new item must come up the moment somebody has clicked it, vectors or not."""
+    query_BD, contexts = some(loaded, 2)
+    before = rank(loaded, query_BD, contexts)
+    assert loaded.memory is not None
+    last = int.from_bytes(contexts[0].interactions[-14:-6], "little")
+    loaded.memory.absorb([Move("novelty", 2, 1 << 40, (last,))] * 200)
+    after = rank(loaded, query_BD, contexts)
+    assert "novelty" in after[0].items
+    assert before[0].items != after[0].items
+
+
+def test_what_is_dropped_or_unavailable_is_not_listed(loaded: LoadedRelease) -> None:
+    """Lists leave a margin for the reader; an unavailable item may not eat it up."""
+    query_BD, contexts = some(loaded, 3)
+    first = [ranked.items[0] for ranked in rank(loaded, query_BD, contexts)]
+    drops = [frozenset({item_hash(first[0])}), frozenset(), frozenset({item_hash("stranger")})]
+    ranked = rank(loaded, query_BD, contexts, drops=drops)
+    assert first[0] not in ranked[0].items
+    assert ranked[1].items[0] == first[1]
+    loaded.catalog.apply(Item(item_id=first[1], available=False), 0, 0)
+    loaded.refresh()
+    ranked = rank(loaded, query_BD, contexts)
+    assert all(first[1] not in one.items for one in ranked)
+    assert all(len(one.items) == 30 for one in ranked)
+
+
+def test_equal_scores_go_by_item_id(loaded: LoadedRelease) -> None:
+    """Two items that nothing tells apart: their codes, given as they came, must not decide."""
+    query_BD, _ = some(loaded, 1)
+    assert loaded.memory is not None
+    loaded.memory.half_life_moves = 1 << 40  # or one of them is newer by a tick
+    twins = [f"twin{at}" for at in (3, 1, 2)]
+    for _ in range(1000):
+        loaded.memory.absorb([Move(twin, 2, 1 << 40, ()) for twin in twins])
+    items = rank(loaded, query_BD, [Context(now_ms=1 << 40)])[0].items
+    assert [item for item in items if item.startswith("twin")] == sorted(twins)
+
+
+def test_states_are_ranked_by_the_blend_where_there_is_one(loaded: LoadedRelease) -> None:
+    """The fold's way in: contexts go through, and a user without one counts as new."""
+    contexts = some(loaded, 5)[1]
+    state_BS = np.zeros((5, loaded.manifest.state_floats), np.float32)
+    zero_BD = loaded.engine.query(state_BS)
+    assert rank_states(state_BS, loaded, want=30, contexts=contexts) == rank(
+        loaded, zero_BD, contexts
+    )
+    assert rank_states(state_BS, loaded, want=30) == rank(loaded, zero_BD, [Context()] * 5)
+
+
+def test_a_release_with_a_blend_travels_whole(tmp_path: Path) -> None:
+    """A store that knew six files only would publish a release that no worker can load."""
+    store = ReleaseStore(f"memory://blend-{tmp_path.name}", str(tmp_path / "cache"))
+    write_tiny_release(store.staging("r1"), blend=True)
+    store.add(next((tmp_path / "cache").glob(".staging-*/r1")))
+    publication = store.publish("r1")
+    fresh = ReleaseStore(store.root, str(tmp_path / "another"))
+    loaded = LoadedRelease(publication, fresh.fetch("r1"), SETTINGS)
+    assert loaded.blend is not None
+    assert loaded.memory is not None
+    assert loaded.memory.moves == 1000
+
+
+def test_a_feature_that_the_worker_does_not_know_is_refused(tmp_path: Path) -> None:
+    """A newer trainer's release on an older worker: refused by name, the old one stays."""
+    folder = tmp_path / "r1"
+    manifest = write_tiny_release(folder, blend=True)
+    assert manifest.blend is not None
+    newer = msgspec.structs.replace(
+        manifest, blend=msgspec.structs.replace(manifest.blend, features=["moon"])
+    )
+    (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(newer))
+    published = Publication(number=1, release="r1", sha256=digest_of(folder))
+    with pytest.raises(ContractError, match="moon"):
+        LoadedRelease(published, folder, SETTINGS)
+
+
+def test_a_manifest_names_the_blends_files_or_none(tmp_path: Path) -> None:
+    """A blend without its memory, or a file nobody knows, is a torn or foreign release."""
+    folder = tmp_path / "r1"
+    manifest = write_tiny_release(folder, blend=True)
+    for files in (
+        {name: sha for name, sha in manifest.files.items() if name != "memory.npz"},
+        {**manifest.files, "extra.bin": "0"},
+    ):
+        torn = msgspec.structs.replace(manifest, files=files)
+        (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(torn))
+        with pytest.raises(ContractError, match="manifest names files"):
+            read_manifest(folder)
