@@ -184,6 +184,7 @@ def test_the_base_install_is_the_reader_alone(wheel: zipfile.ZipFile) -> None:
 def test_the_extras_are_those_that_the_pages_name(wheel: zipfile.ZipFile) -> None:
     """`pip install 'afterclick[worker]'` is in error messages; a lost extra would only warn."""
     assert set(metadata(wheel).get_all("Provides-Extra", [])) == {
+        "api",
         "worker",
         "gpu",
         "train",
