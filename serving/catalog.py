@@ -6,11 +6,12 @@ its release and of the items topic from the release's `items_offset` to `offsets
 order in
 which the topic's partitions were read: an item lives in one partition, and rows carry no meaning.
 
-Under one release an item's step vector is that of its first version seen. A new item is scored and
-stepped
-with the mean of the vectors of the release's items that share a category with it; one without a
-known
-category has no row and waits for the next release.
+Under one release an item's step vector is that of its first version seen. The release's encoder
+makes
+a new item's vectors from its title, text, categories, domain and given vector the moment it
+arrives; a
+release without an encoder gives it the mean of its items that share a category. An item of which
+nothing is known has no row: it stands in histories and waits for the next release.
 """
 
 from itertools import pairwise
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from afterclick.serving.encoder import Encodable, Encoded, ItemEncoder
 from afterclick.serving.engine import F32, MASKED
 from afterclick.serving.errors import BAD_JSON, ContractError
 from afterclick.serving.manifest import (
@@ -37,13 +39,11 @@ SPARE_ROWS = 1024
 """Rows are allocated in steps of this many, so that a new item rarely moves the matrix."""
 
 
-class ItemVersion(Protocol):
+class ItemVersion(Encodable, Protocol):
     """What `apply` needs of an item event (streams.events.Item has it)."""
 
     @property
     def item_id(self) -> str: ...  # noqa: D102
-    @property
-    def categories(self) -> list[str]: ...  # noqa: D102
     @property
     def available(self) -> bool: ...  # noqa: D102
 
@@ -61,7 +61,13 @@ _FROM_RELEASE = Seen(-1, -1)
 class Catalog:
     """The items of one release plus those that arrived since; not safe to change during a scan."""
 
-    def __init__(self, rows: ItemTable, step_vectors_NE: F32, scan_vectors_ND: F32) -> None:
+    def __init__(
+        self,
+        rows: ItemTable,
+        step_vectors_NE: F32,
+        scan_vectors_ND: F32,
+        encoder: ItemEncoder | None = None,
+    ) -> None:
         num_rows = len(rows.items)
         self.ids: list[str] = [row.item_id for row in rows.items]
         self.offsets: list[int] = []
@@ -77,7 +83,8 @@ class Catalog:
         self._row_by_hash: dict[int, int] = {}
         for row, item_id in enumerate(self.ids):
             self._add_hash(item_hash(item_id), row)
-        self._categories = _rows_by_category(rows)
+        self._encoder = encoder
+        self._categories = {} if encoder is not None else _rows_by_category(rows)
         self._unavailable: set[str] = set()
         self._hidden: dict[int, F32] = {}
         self.matrix_changed = True
@@ -123,7 +130,7 @@ class Catalog:
         ids = [row.item_id for row in table.items]
         if any(left >= right for left, right in pairwise(ids)):
             raise ContractError(f"{where}: item ids are not sorted and unique", reason="items")
-        return cls(table, step, scan)
+        return cls(table, step, scan, ItemEncoder.from_release(folder, manifest))
 
     @property
     def num_items(self) -> int:
@@ -176,21 +183,28 @@ class Catalog:
         self._set_available(item.item_id, available=item.available)
 
     def _add(self, item: ItemVersion, seen: Seen) -> None:
-        known = sorted({name for name in item.categories if name in self._categories})
-        if not known:
+        vectors = self._encoder.encode(item) if self._encoder else self._kin(item)
+        if vectors is None:
             return
-        rows = np.unique(np.concatenate([self._categories[name] for name in known]))
         row = len(self.ids)
         self._add_hash(item_hash(item.item_id), row)
         if row == len(self.scan_vectors_ND):
             self._grow()
-        self.step_vectors_NE[row] = _mean(self.step_vectors_NE, rows)
-        self.scan_vectors_ND[row] = _mean(self._true_scan(rows), np.arange(len(rows)))
+        self.step_vectors_NE[row], self.scan_vectors_ND[row] = vectors
         self.ids.append(item.item_id)
         self.ids_N[row] = item.item_id
         self._seen.append(seen)
         self._row_by_id[item.item_id] = row
         self.matrix_changed = True
+
+    def _kin(self, item: ItemVersion) -> Encoded | None:
+        """Mean of the release's items that share a category; None where there are none."""
+        known = sorted({name for name in item.categories if name in self._categories})
+        if not known:
+            return None
+        rows = np.unique(np.concatenate([self._categories[name] for name in known]))
+        scan_XD = self._true_scan(rows)
+        return Encoded(_mean(self.step_vectors_NE, rows), _mean(scan_XD, np.arange(len(rows))))
 
     def _add_hash(self, hash_: int, row: int) -> None:
         other = self._row_by_hash.setdefault(hash_, row)

@@ -95,6 +95,7 @@ class Engine:
         *,
         event_TB: I64 | None = None,
         gap_TB: I64 | None = None,
+        hour_TB: I64 | None = None,
     ) -> F32:
         """Advance every user by `lens_B` steps in one call.
 
@@ -104,6 +105,7 @@ class Engine:
             lens_B: steps of each user, every one ≥ 1.
             event_TB: event codes; needed where the manifest says so.
             gap_TB: gap buckets; likewise.
+            hour_TB: hours of day; likewise.
 
         Returns:
             (B, S) states after, a new array.
@@ -118,6 +120,8 @@ class Engine:
             feed["event"] = event_TB
         if self.manifest.inputs.gap:
             feed["gap"] = gap_TB
+        if self.manifest.inputs.hour:
+            feed["hour"] = hour_TB
         names = [f"{tensor.name}_next" for tensor in self.manifest.state]
         parts = self._step.run(names, feed)
         state = np.concatenate(
@@ -377,6 +381,8 @@ def _step_names(manifest: Manifest) -> set[str]:
         names.add("event")
     if manifest.inputs.gap:
         names.add("gap")
+    if manifest.inputs.hour:
+        names.add("hour")
     return names
 
 

@@ -6,7 +6,7 @@ is a folder, written whole and then renamed:
 
     <release>/
       manifest.json      this file's `Manifest`
-      step.onnx          advances states:   x, lens, [event], [gap], state tensors -> state tensors
+      step.onnx          advances states:   x, lens, [event], [gap], [hour], states -> states
       query.onnx         reads states out:  state tensors -> query_BD
       items.json         `ItemTable`, row i belongs to item i, sorted by item id
       step_vectors.npy   float32 (N, E): what the step graph is fed for a touched item
@@ -14,6 +14,7 @@ is a folder, written whole and then renamed:
       self_test.npz      recorded inputs and outputs that a loader runs again before it serves
       blend.onnx         optional: scores candidates, `features (R, F) -> score (R,)`
       memory.npz         optional, with the blend: the fast memory as of the snapshot
+      item_encoder.npz   optional: vectors of new items from their text (serving/encoder.py)
 
 Shape letters: T steps, B users, E step vector, D scan vector, H hidden units, Y layers, N items.
 An output bias is a coordinate: the query graph appends a 1, the last scan coordinate is the bias.
@@ -42,7 +43,10 @@ SELF_TEST_NAME = "self_test.npz"
 BLEND_NAME = "blend.onnx"
 MEMORY_NAME = "memory.npz"
 FILES = (STEP_NAME, QUERY_NAME, ITEMS_NAME, STEP_VECTORS_NAME, SCAN_VECTORS_NAME, SELF_TEST_NAME)
-OPTIONAL_FILES = (BLEND_NAME, MEMORY_NAME)
+"""Every release has these."""
+
+ENCODER_NAME = "item_encoder.npz"
+OPTIONAL_FILES = (BLEND_NAME, MEMORY_NAME, ENCODER_NAME)
 """Files that a release may have besides; a manifest that names any other is refused."""
 
 EVENTS = ("other", "view", "click", "cart", "purchase")
@@ -120,6 +124,23 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_ms: int = 0
 
 
+class EncoderSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How `item_encoder.npz` makes vectors of a new item: arrays `bucket` int64 (K,), `vector`
+    float32 (K, E) and `given` float32 (V, E).
+    """
+
+    text_version: int
+    """Version of the text function, `serving.text.TEXT_VERSION`."""
+    num_buckets: Annotated[int, Meta(ge=1)]
+    """Features are hashed into so many; only those that training met have a vector."""
+    given_dim: Annotated[int, Meta(ge=0)] = 0
+    """V: entries of the vectors that items bring along; 0 reads none."""
+    step_norm: Annotated[float, Meta(ge=0)] = 0.0
+    """Scan vectors have length 1 and step vectors this length; 0 leaves both as they are."""
+    bias: float = 0.0
+    """Bias of an item that training never saw."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a worker must know to serve a release, and to refuse it."""
 
@@ -127,7 +148,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseName
     created_at: str
     """UTC, ISO 8601."""
-    cell: Literal["lstm", "gru"]
+    cell: Literal["lstm", "gru", "rnn"]
     num_items: Annotated[int, Meta(ge=1)]
     step_dim: Annotated[int, Meta(ge=1)]
     """E."""
@@ -150,6 +171,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """
     metrics: dict[str, dict[str, float]] = {}
     """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
+    encoder: EncoderSpec | None = None
+    """None: new items are given the mean vector of their categories."""
     files: dict[str, str]
     """sha256, hex, of each of `FILES`, and of the `OPTIONAL_FILES` that are there."""
 
@@ -167,6 +190,10 @@ class ItemRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     categories: list[str] = []
     published_ms: int | None = None
     available: bool = True
+    text: str = ""
+    domain: str = ""
+    vector: list[float] | None = None
+    """These three are for the trainer; the rows of a release leave them out."""
 
 
 class ItemTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,6 +251,8 @@ def read_manifest(folder: Path) -> Manifest:
     named, required = set(manifest.files), set(FILES)
     if manifest.blend is not None:
         required |= {BLEND_NAME, MEMORY_NAME}
+    if manifest.encoder is not None:
+        required.add(ENCODER_NAME)
     if not required <= named or named - {*FILES, *OPTIONAL_FILES}:
         raise ContractError(
             f"{where}: manifest names files {sorted(named)}, expected {sorted(required)} "

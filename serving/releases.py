@@ -86,7 +86,7 @@ class LoadedRelease:
             codes_TB = np.zeros((1, num_users), np.int64)
             lens_B = np.ones(num_users, np.int32)
             state_BS = self.engine.advance(
-                state_BS, x_TBE, lens_B, event_TB=codes_TB, gap_TB=codes_TB
+                state_BS, x_TBE, lens_B, event_TB=codes_TB, gap_TB=codes_TB, hour_TB=codes_TB
             )
             query_BD = self.engine.query(state_BS)
             self.scanner.top(query_BD, want)
@@ -267,6 +267,7 @@ def self_test(folder: Path, engine: Engine, blend: Blend | None = None) -> None:
             data["lens"],
             event_TB=data.get("event"),
             gap_TB=data.get("gap"),
+            hour_TB=data.get("hour"),
         )
         found = {"state_next": state_BS, "query": engine.query(state_BS)}
         if blend is not None:

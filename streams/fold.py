@@ -95,6 +95,15 @@ class Folded(NamedTuple):
     """Offset and time of the event that a list must answer which was put off."""
 
 
+class Step(NamedTuple):
+    """What the step graph is fed for one interaction."""
+
+    row: int
+    event: int
+    gap: int
+    hour: int
+
+
 class _Draft:
     """One user's way through a chunk: the record's fields, changed in place, and what happened."""
 
@@ -126,7 +135,7 @@ class _Draft:
         self.state = record.state
         self.interactions = record.interactions
         self.past = record.interactions  # before this chunk: what a rebuild runs through
-        self.steps: list[tuple[int, int, int]] = []  # row, event code, gap bucket
+        self.steps: list[Step] = []
         self.counted: list[int] = []  # offsets of the interactions taken
         self.listed_at: int | None = None  # index of the event that the list answers
         self.changed = False
@@ -321,7 +330,7 @@ def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) ->
         if row is None:
             draft.unknown += 1
         else:
-            draft.steps.append((row, code, gap))
+            draft.steps.append(Step(row, code, gap, interaction.hour))
         draft.counted.append(event.offset)
         draft.changed, draft.forgotten = True, False
     draft.offset, draft.event_ms = event.offset, event.event_ms
@@ -363,19 +372,19 @@ def _count(
 def _rebuild(drafts: list[_Draft], inputs: Inputs, release: Release) -> int:
     """Give records of another publication the state that this release gives their past."""
     before = list(inputs.publication_items)
-    pasts: list[tuple[_Draft, list[tuple[int, int, int]]]] = []
+    pasts: list[tuple[_Draft, list[Step]]] = []
     rebuilt = 0
     for draft in drafts:
         if draft.publication == inputs.publication:
             continue  # of this release, or forgotten or reset within this chunk
-        past: list[tuple[int, int, int]] = []
+        past: list[Step] = []
         rebuilt += bool(draft.past)
         for kept in unpack_interactions(draft.past):
             if kept.reset:
                 past = []
             row = release.catalog.row_of_hash(kept.item_hash, before)
             if row is not None:
-                past.append((row, kept.event, kept.gap))
+                past.append(Step(row, kept.event, kept.gap, kept.hour))
         draft.publication, draft.num_steps, draft.state = inputs.publication, len(past), b""
         if past:
             pasts.append((draft, past))
@@ -396,9 +405,7 @@ def _advance(drafts: list[_Draft], release: Release) -> int:
     return sum(len(draft.steps) for draft in moving)
 
 
-def _run_steps(
-    steps: list[list[tuple[int, int, int]]], states: list[bytes], release: Release
-) -> list[bytes]:
+def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -> list[bytes]:
     """States after everybody's steps, in calls of users with about as many steps."""
     groups: dict[int, list[int]] = {}
     for at, own in enumerate(steps):
@@ -408,17 +415,19 @@ def _run_steps(
     zero = engine.zero_state(1).tobytes()
     for members in groups.values():
         lens_B = np.array([len(steps[at]) for at in members], np.int32)
-        rows_TB = np.zeros((int(lens_B.max()), len(members)), np.int64)
-        event_TB, gap_TB = np.zeros_like(rows_TB), np.zeros_like(rows_TB)
+        step_TB4 = np.zeros((int(lens_B.max()), len(members), len(Step._fields)), np.int64)
         for user, at in enumerate(members):
-            own_T3 = np.array(steps[at], np.int64)
-            rows_TB[: len(own_T3), user] = own_T3[:, 0]
-            event_TB[: len(own_T3), user] = own_T3[:, 1]
-            gap_TB[: len(own_T3), user] = own_T3[:, 2]
+            step_TB4[: len(steps[at]), user] = steps[at]
+        rows_TB, event_TB, gap_TB, hour_TB = np.ascontiguousarray(step_TB4.transpose(2, 0, 1))
         joined = b"".join(states[at] or zero for at in members)
         state_BS = np.frombuffer(joined, np.float32).reshape(len(members), -1)
         state_BS = engine.advance(
-            state_BS, vectors_NE[rows_TB], lens_B, event_TB=event_TB, gap_TB=gap_TB
+            state_BS,
+            vectors_NE[rows_TB],
+            lens_B,
+            event_TB=event_TB,
+            gap_TB=gap_TB,
+            hour_TB=hour_TB,
         )
         for user, at in enumerate(members):
             after[at] = state_BS[user].tobytes()

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from afterclick.training.sources import Source
 
 FLAGS = {
-    "cell": "lstm or gru",
+    "cell": "lstm, gru or rnn",
     "layers": "recurrent layers",
     "units": "hidden units of a layer",
     "dim": "length of an item vector",
-    "loss": "cosine or softmax",
+    "loss": "cosine, softmax, bpr-max or bce",
     "epochs": "passes over the training part at most",
     "final_epochs": "passes over all data after the best epoch",
     "batch_events": "predictions per mini-batch",

@@ -23,6 +23,8 @@ from afterclick.streams.events import NO_ITEM_EVENTS
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+HOUR_MS = 3600 * 1000
+
 UNKNOWN = -1
 """Code of an item outside the vocabulary: it is no step, and never predicted."""
 
@@ -69,6 +71,12 @@ class Sequences(NamedTuple):
     def num_events(self) -> int:
         """P."""
         return len(self.item_P)
+
+    def hours(self) -> I64:
+        """Hour of day UTC of every position; 0 without times."""
+        if self.time_P is None:
+            return np.zeros(len(self.item_P), np.int64)
+        return self.time_P // HOUR_MS % 24
 
     def sizes(self) -> I64:
         """Interactions of each sequence."""

@@ -95,6 +95,7 @@ def model_ranks(
 def questions(held: Held, *, device: torch.device) -> Iterator[Question]:
     """Padded batches of sequences of about equal length that cover every target once."""
     sequences, target_P = held
+    columns_P = (sequences.item_P, sequences.event_P, sequences.gap_P, sequences.hours())
     known_P = sequences.item_P != UNKNOWN
     known_before_P1 = np.concatenate([[0], np.cumsum(known_P)])
     place_K = np.flatnonzero(known_P)
@@ -121,12 +122,9 @@ def questions(held: Held, *, device: torch.device) -> Iterator[Question]:
         if len(place_K):
             picked_TB = np.where(inside_TB, begin_S[members][None, :] + step_TB, 0)
             position_TB = place_K[picked_TB]
-            arrays = [
-                np.where(inside_TB, column[position_TB], 0)
-                for column in (sequences.item_P, sequences.event_P, sequences.gap_P)
-            ]
+            arrays = [np.where(inside_TB, column[position_TB], 0) for column in columns_P]
         else:
-            arrays = [np.zeros(inside_TB.shape, np.int64)] * 3
+            arrays = [np.zeros(inside_TB.shape, np.int64)] * len(columns_P)
         counts = first_of_S[members + 1] - first_of_S[members]
         asked = np.repeat(first_of_S[members] - (np.cumsum(counts) - counts), counts)
         asked = asked + np.arange(counts.sum())

@@ -21,9 +21,11 @@ import onnx
 import torch
 
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.encoder import ItemEncoder
 from afterclick.serving.engine import Engine, Scanner
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
+    ENCODER_NAME,
     EVENTS,
     FILES,
     GAP_BUCKETS,
@@ -35,6 +37,7 @@ from afterclick.serving.manifest import (
     SELF_TEST_NAME,
     STEP_NAME,
     STEP_VECTORS_NAME,
+    EncoderSpec,
     ItemRow,
     ItemTable,
     Manifest,
@@ -46,9 +49,10 @@ from afterclick.serving.manifest import (
     verify_files,
 )
 from afterclick.serving.releases import self_test
+from afterclick.serving.text import TEXT_VERSION
 from afterclick.training.data import I64, UNKNOWN, Sequences
 from afterclick.training.graphs import query_graph, state_names, step_graph
-from afterclick.training.model import Recommender, Steps
+from afterclick.training.model import HOURS, STEP_NORM, Recommender, Steps
 
 F32 = npt.NDArray[np.float32]
 
@@ -76,14 +80,26 @@ class Tables(NamedTuple):
     """(N, D + 1): the bias is the last coordinate."""
     num_cold: int
     """Items that training never saw."""
+    encoder: "EncoderTables | None" = None
+    """None where items say nothing."""
+
+
+class EncoderTables(NamedTuple):
+    """What `item_encoder.npz` holds."""
+
+    spec: EncoderSpec
+    bucket_K: I64
+    vector_KD: F32
+    given_VD: F32
 
 
 class Histories(NamedTuple):
-    """Item rows, event codes and gap buckets of B users, padded with zeros to T steps."""
+    """Item rows, event codes, gap buckets and hours of B users, padded with zeros to T steps."""
 
     item_TB: I64
     event_TB: I64
     gap_TB: I64
+    hour_TB: I64
     lens_B: npt.NDArray[np.int32]
 
 
@@ -102,14 +118,17 @@ def build_tables(
         details: what the catalogue says, by item id; its further items join the release.
 
     Returns:
-        Tables over all items. An item that was never clicked is given the mean of the vectors of
-        the clicked ones that share a category with it, else zeros; its bias is the lowest of any
-        clicked item, so that it comes up only where its category is wanted.
+        Tables over all items. An item that was never clicked is given what the encoder makes of
+        its content, as a worker would. Without an encoder it is the mean of the vectors of the
+        clicked ones that share a category with it. An item of which nothing is known gets zeros;
+        these two have the lowest bias of any clicked item.
     """
     ids = sorted({*item_ids, *details})
     row_of = {item_id: row for row, item_id in enumerate(ids)}
     rows = [details.get(item_id) or ItemRow(item_id=item_id) for item_id in ids]
     learned = np.array([row_of[item_id] for item_id in item_ids], np.int64)[trained_N]
+    model.eval()
+    model.set_trained(trained_N)
     step_ND = np.zeros((len(ids), model.settings.dim), np.float32)
     scan_ND = np.zeros((len(ids), model.settings.dim + 1), np.float32)
     with torch.no_grad():
@@ -118,18 +137,46 @@ def build_tables(
         scan_ND[learned] = model.scan_vectors()[code].cpu().numpy()
     is_learned = np.zeros(len(ids), bool)
     is_learned[learned] = True
+    parts = encoder_tables(model, trained_N)
+    encoder = None if parts is None else ItemEncoder(*parts)
     members: dict[str, list[int]] = {}
-    for row in learned.tolist():
+    for row in learned.tolist() if encoder is None else ():
         for name in rows[row].categories:
             members.setdefault(name, []).append(row)
     lowest = scan_ND[learned, -1].min() if len(learned) else np.float32(0)
     for row in np.flatnonzero(~is_learned).tolist():
+        vectors = None if encoder is None else encoder.encode(rows[row])
+        if vectors is not None:
+            step_ND[row], scan_ND[row] = vectors
+            continue
         kin = sorted({near for name in rows[row].categories for near in members.get(name, ())})
         if kin:
             step_ND[row] = step_ND[kin].mean(axis=0, dtype=np.float64)
             scan_ND[row] = scan_ND[kin].mean(axis=0, dtype=np.float64)
         scan_ND[row, -1] = lowest
-    return Tables(rows, step_ND, scan_ND, int((~is_learned).sum()))
+    return Tables(rows, step_ND, scan_ND, int((~is_learned).sum()), parts)
+
+
+def encoder_tables(model: Recommender, trained_N: npt.NDArray[np.bool_]) -> EncoderTables | None:
+    """What makes vectors of new items: the buckets that the trained items meet."""
+    content = model.content
+    if content is None:
+        return None
+    met = np.flatnonzero(content.met(trained_N))
+    spec = EncoderSpec(
+        text_version=TEXT_VERSION,
+        num_buckets=model.settings.content_buckets,
+        given_dim=content.given_NV.shape[1],
+        step_norm=STEP_NORM if model.is_cosine else 0.0,
+        bias=model.prior.item(),
+    )
+    vector_KD, given_VD = (
+        weight.detach().cpu().numpy() for weight in (model.buckets.weight, model.given)
+    )
+    has_given = content.given(trained_N).any()
+    return EncoderTables(
+        spec, content.bucket_K[met], vector_KD[met], given_VD if has_given else 0 * given_VD
+    )
 
 
 def write_release(
@@ -152,7 +199,11 @@ def write_release(
     settings = model.settings
     np.save(folder / STEP_VECTORS_NAME, tables.step_ND)
     np.save(folder / SCAN_VECTORS_NAME, tables.scan_ND)
-    (folder / ITEMS_NAME).write_bytes(msgspec.json.encode(ItemTable(items=tables.rows)))
+    bare = [msgspec.structs.replace(row, text="", domain="", vector=None) for row in tables.rows]
+    (folder / ITEMS_NAME).write_bytes(msgspec.json.encode(ItemTable(items=bare)))
+    if tables.encoder is not None:
+        _, bucket_K, vector_KD, given_VD = tables.encoder
+        np.savez(folder / ENCODER_NAME, bucket=bucket_K, vector=vector_KD, given=given_VD)
     onnx.save(step_graph(model), str(folder / STEP_NAME))
     onnx.save(query_graph(model), str(folder / QUERY_NAME))
     manifest = Manifest(
@@ -167,16 +218,20 @@ def write_release(
             StateTensor(name=name, layers=settings.layers, units=settings.units)
             for name in state_names(model)
         ],
-        inputs=StepInputs(event=settings.event_vectors, gap=settings.gap_vectors),
+        inputs=StepInputs(
+            event=settings.event_vectors, gap=settings.gap_vectors, hour=settings.hour_vectors
+        ),
         history=history,
         snapshot=snapshot,
         items_offset=list(items_offset),
         metrics={name: dict(values) for name, values in (metrics or {}).items()},
+        encoder=None if tables.encoder is None else tables.encoder.spec,
         files={},
     )
     _record_self_test(folder, manifest, tables, np.random.default_rng(seed))
+    names = [*FILES, *([] if tables.encoder is None else [ENCODER_NAME])]
     manifest = msgspec.structs.replace(
-        manifest, files={name: sha256_of(folder / name) for name in FILES}
+        manifest, files={name: sha256_of(folder / name) for name in names}
     )
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return manifest
@@ -211,6 +266,9 @@ def check_release(
     _close(folder, "scan vectors", scan_ND, tables.scan_ND, 0)
     scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
     passed = ["files", "catalogue", "self-test", "item vectors"]
+    if tables.encoder is not None:
+        _compare_encoder(folder, manifest, model, tables)
+        passed.append("item encoder")
     rng = np.random.default_rng(seed)
     kinds = {"random": random_histories(rng, len(tables.rows), manifest.history)}
     real = None if held is None else real_histories(held, manifest.history)
@@ -232,6 +290,7 @@ def random_histories(rng: np.random.Generator, num_items: int, history: int) -> 
         np.where(inside_TB, rng.integers(0, num_items, shape), 0),
         np.where(inside_TB, rng.integers(0, len(EVENTS), shape), 0),
         np.where(inside_TB, rng.integers(0, GAP_BUCKETS, shape), 0),
+        np.where(inside_TB, rng.integers(0, HOURS, shape), 0),
         lens_B,
     )
 
@@ -246,11 +305,11 @@ def real_histories(held: Sequences, history: int) -> Histories | None:
     step_TB = np.arange(int(lens_B.max()))[:, None]
     inside_TB = step_TB < lens_B
     at_TB = np.where(inside_TB, end_B - lens_B + step_TB, 0)
-    item_TB, event_TB, gap_TB = (
+    item_TB, event_TB, gap_TB, hour_TB = (
         np.where(inside_TB, column[at_TB], 0)
-        for column in (known.item_P, known.event_P, known.gap_P)
+        for column in (known.item_P, known.event_P, known.gap_P, known.hours())
     )
-    return Histories(item_TB, event_TB, gap_TB, lens_B.astype(np.int32))
+    return Histories(item_TB, event_TB, gap_TB, hour_TB, lens_B.astype(np.int32))
 
 
 @torch.no_grad()
@@ -261,12 +320,14 @@ def torch_states(model: Recommender, tables: Tables, histories: Histories) -> F3
     device = model.bias.device
     states = []
     for user, length in enumerate(histories.lens_B.tolist()):
-        item, event, gap = (
-            torch.from_numpy(column[:length, user : user + 1]).to(device)
-            for column in histories[:3]
+        steps = Steps(
+            *(
+                torch.from_numpy(column[:length, user : user + 1]).to(device)
+                for column in histories[:4]
+            )
         )
-        x_T1D = torch.from_numpy(tables.step_ND).to(device)[item]
-        x_T1D = model.add_context(x_T1D, Steps(item, event, gap))
+        x_T1D = torch.from_numpy(tables.step_ND).to(device)[steps.item_TB]
+        x_T1D = model.add_context(x_T1D, steps)
         zero = torch.zeros(settings.layers, 1, settings.units, device=device)
         state = model.advance(x_T1D, (zero,) * len(state_names(model)))
         states.append(torch.cat([tensor[:, 0].reshape(-1) for tensor in state]))
@@ -316,6 +377,29 @@ def _compare(
     _close(folder, f"{where}: top-{GATE_K}", listed_BK[finite], best_BK[finite], 2 * TOLERANCE)
 
 
+@torch.no_grad()
+def _compare_encoder(folder: Path, manifest: Manifest, model: Recommender, tables: Tables) -> None:
+    """A worker's vectors of items as if they were new, against torch's without their own."""
+    encoder = ItemEncoder.from_release(folder, manifest)
+    assert encoder is not None
+    model.eval()
+    item_X = torch.arange(min(GATE_USERS, model.num_items), device=model.bias.device)
+    speaks_X = model.speaks_N[item_X].cpu().numpy()
+    vectors = model.vectors(model.rows(item_X), own=False)
+    scan_XD = torch.cat([vectors.item_XD, vectors.bias_X[:, None]], dim=1).cpu().numpy()
+    step_XD = vectors.step_XD.cpu().numpy()
+    for row in np.flatnonzero(speaks_X).tolist():
+        found = encoder.encode(tables.rows[row])
+        where = f"item encoder: {tables.rows[row].item_id[:64]!r}"
+        if found is None:
+            raise ContractError(
+                f"release {folder.name}: export gate, {where} has no vector; not published",
+                reason="export-gate",
+            )
+        _close(folder, where, found.step_D, step_XD[row], TOLERANCE)
+        _close(folder, where, found.scan_D1, scan_XD[row], TOLERANCE)
+
+
 def advance_whole(engine: Engine, step_ND: F32, histories: Histories) -> F32:
     """(B, S) states after one call with all steps."""
     return engine.advance(
@@ -324,6 +408,7 @@ def advance_whole(engine: Engine, step_ND: F32, histories: Histories) -> F32:
         histories.lens_B,
         event_TB=histories.event_TB,
         gap_TB=histories.gap_TB,
+        hour_TB=histories.hour_TB,
     )
 
 
@@ -338,6 +423,7 @@ def advance_stepwise(engine: Engine, step_ND: F32, histories: Histories) -> F32:
             np.ones(len(users), np.int32),
             event_TB=histories.event_TB[step : step + 1, users],
             gap_TB=histories.gap_TB[step : step + 1, users],
+            hour_TB=histories.hour_TB[step : step + 1, users],
         )
     return state_BS
 
@@ -364,7 +450,7 @@ def _close(folder: Path, check: str, found: F32, expected: F32, tolerance: float
 def _record_self_test(
     folder: Path, manifest: Manifest, tables: Tables, rng: np.random.Generator
 ) -> None:
-    """Keys `x, lens, event, gap, state` and, by the engine itself, `state_next, query`."""
+    """Keys `x, lens, event, gap, hour, state` and, by the engine itself, `state_next, query`."""
     engine = Engine(folder, manifest, provider="cpu", threads=1)
     shape = (SELF_TEST_STEPS, SELF_TEST_USERS)
     lens = (np.arange(SELF_TEST_USERS) % SELF_TEST_STEPS + 1).astype(np.int32)
@@ -376,10 +462,16 @@ def _record_self_test(
         "lens": lens,
         "event": np.where(inside_TB, rng.integers(0, len(EVENTS), shape), 0),
         "gap": np.where(inside_TB, rng.integers(0, GAP_BUCKETS, shape), 0),
+        "hour": np.where(inside_TB, rng.integers(0, HOURS, shape), 0),
         "state": state_BS.astype(np.float32),
     }
     after_BS = engine.advance(
-        feed["state"], feed["x"], feed["lens"], event_TB=feed["event"], gap_TB=feed["gap"]
+        feed["state"],
+        feed["x"],
+        feed["lens"],
+        event_TB=feed["event"],
+        gap_TB=feed["gap"],
+        hour_TB=feed["hour"],
     )
     query_BD = engine.query(after_BS)
     if not np.isfinite(query_BD).all():

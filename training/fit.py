@@ -16,21 +16,17 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from torch import nn
+from torch.nn import functional
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.training.data import I64, Held, Sequences, batches, windows
 from afterclick.training.evaluate import model_ranks
-from afterclick.training.losses import F32, Candidates, next_item_loss
+from afterclick.training.losses import F32, Candidates, Scored, next_item_loss
 from afterclick.training.metrics import rates
 from afterclick.training.model import Recommender, Steps
+from afterclick.training.optimiser import Optimiser, one_cycle
 from afterclick.training.settings import TrainingSettings
-
-BETAS = (0.9, 0.99)
-"""AdamW's memory; a shorter one for squares than usual, because item rows see few gradients."""
-
-WARM_UP = 0.1
-"""Share of the run in which the learning rate rises."""
+from afterclick.training.text import Content
 
 FINAL = 1 << 20
 """Added to the epoch's number in the seed of the last passes over all data."""
@@ -74,9 +70,15 @@ added to a batch's own.
 class _Run:
     """Everything a checkpoint holds."""
 
-    def __init__(self, num_items: int, settings: TrainingSettings, num_batches: int) -> None:
-        self.model = Recommender(num_items, settings).to(device_of(settings))
-        self.optimiser = _optimiser(self.model, settings, settings.learning_rate)
+    def __init__(
+        self,
+        num_items: int,
+        settings: TrainingSettings,
+        num_batches: int,
+        content: Content | None,
+    ) -> None:
+        self.model = Recommender(num_items, settings, content).to(device_of(settings))
+        self.optimiser = Optimiser(self.model, settings)
         self.total_steps = max(1, settings.epochs * num_batches)
         self.step = 0
         self.curve: list[Epoch] = []
@@ -111,6 +113,7 @@ def fit(
     num_items: int,
     settings: TrainingSettings,
     *,
+    content: Content | None = None,
     everything: Sequences | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -124,9 +127,11 @@ def fit(
 
     Args:
         train: part to learn from; codes below `num_items`.
-        held: validation part, whose items the training part knows or are `UNKNOWN`.
+        held: validation part, whose items the training part knows, or say something, or are
+            `UNKNOWN`.
         num_items: rows of the item table.
         settings: the run's settings.
+        content: what the items say about themselves; None for ids alone.
         everything: training and validation part for the last passes; None leaves them out.
         checkpoint: file written after every epoch; None keeps none.
         resume: go on from the checkpoint where there is one.
@@ -151,16 +156,16 @@ def fit(
     # One epoch's number of batches hardly varies; the schedule needs it beforehand.
     num_batches = -(-int((size_W - 1).sum()) // settings.batch_events)
     torch.manual_seed(settings.seed)
-    run = _Run(num_items, settings, num_batches)
+    run = _Run(num_items, settings, num_batches, content)
     start(run.model)
-    name = _fingerprint(train, held, num_items, settings)
+    name = _fingerprint(train, held, num_items, settings, content)
     if checkpoint is not None and resume and checkpoint.is_file():
         _restore(run, checkpoint, name)
     last = settings.epochs if until_epoch is None else min(until_epoch, settings.epochs)
     while len(run.curve) < last and not _exhausted(run, settings, held):
         started_s = time.monotonic()
         number = len(run.curve) + 1
-        rate_at = _one_cycle(run, settings)
+        rate_at = one_cycle(settings, run.total_steps)
         loss = _epoch(
             run, train, settings, seed=number, rate_at=rate_at, guide=guide, on_batch=on_batch
         )
@@ -222,38 +227,6 @@ def _prepare(settings: TrainingSettings) -> None:
     torch.set_flush_denormal(True)
 
 
-def _optimiser(
-    model: Recommender, settings: TrainingSettings, rate: float
-) -> torch.optim.Optimizer:
-    free = {"bias", "scale"}
-    named = list(model.named_parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [weight for name, weight in named if name not in free]},
-        {"params": [weight for name, weight in named if name in free], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=rate,
-        betas=BETAS,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _one_cycle(run: _Run, settings: TrainingSettings) -> Callable[[int], float]:
-    """Learning rate by step number: a straight rise, then half a cosine down to almost nothing."""
-    if settings.rate_schedule == "constant":
-        return lambda step: settings.learning_rate
-
-    def rate(step: int) -> float:
-        done = step / run.total_steps
-        if done < WARM_UP:
-            return settings.learning_rate * (0.04 + 0.96 * done / WARM_UP)
-        left = min(1.0, (done - WARM_UP) / (1 - WARM_UP))
-        return settings.learning_rate * max(1e-4, 0.5 * (1 + math.cos(math.pi * left)))
-
-    return rate
-
-
 def _epoch(
     run: _Run,
     part: Sequences,
@@ -269,53 +242,56 @@ def _epoch(
     torch.manual_seed(int(rng.integers(1 << 62)))
     model, device = run.model, run.model.bias.device
     model.train()
-    candidates = Candidates(
-        np.bincount(part.item_P, minlength=model.num_items), settings.softmax_items
-    )
-    begin_W, size_W = windows(part, settings.history)
+    count_N = np.bincount(part.item_P, minlength=model.num_items)
+    model.set_trained(count_N > 0)
+    candidates = Candidates(count_N, settings.softmax_items)
+    columns_P = (part.event_P, part.gap_P, part.hours())
     weight_P = recency_weights(part.time_P, settings.recency_half_life_h)
-    total, count, predictions = 0.0, 0, int((size_W - 1).sum())
+    begin_W, size_W = windows(part, settings.history)
+    total, count, predictions = torch.zeros((), device=device), 0, int((size_W - 1).sum())
     for members in batches(size_W - 1, settings.batch_events, rng):
-        step_TB = np.arange(int(size_W[members].max()) - 1)[:, None]
-        inside_TB = step_TB < (size_W[members] - 1)[None, :]
-        at_TB = np.where(inside_TB, begin_W[members][None, :] + step_TB, 0)
-        next_X = at_TB[inside_TB] + 1
-        target_X = part.item_P[next_X]
+        step_TB = np.arange(int(size_W[members].max()))[:, None]
+        inside_TB = step_TB < size_W[members]
+        at_TB = np.where(inside_TB, begin_W[members] + step_TB, begin_W[members])
+        drawn = candidates.draw(part.item_P[at_TB[inside_TB]], rng)
+        column_TB = torch.from_numpy(np.searchsorted(drawn.item_C, part.item_P[at_TB])).to(device)
+        next_X = at_TB[1:][inside_TB[1:]]
+        predicts_TB = torch.from_numpy(inside_TB[1:]).to(device)
         steps = Steps(
-            *(
-                torch.from_numpy(column[at_TB]).to(device)
-                for column in (part.item_P, part.event_P, part.gap_P)
-            )
+            column_TB[:-1],
+            *(torch.from_numpy(column_P[at_TB[:-1]]).to(device) for column_P in columns_P),
         )
-        h_XH = model.hidden(steps)[torch.from_numpy(inside_TB).to(device)]
-        loss = next_item_loss(
-            model,
-            h_XH,
-            target_X,
-            candidates.draw(target_X, rng),
-            weight_X=None if weight_P is None else weight_P[next_X],
+        rows = run.optimiser.rows(torch.from_numpy(drawn.item_C).to(device))
+        vectors = model.vectors(rows)
+        h_TBH = model.hidden(functional.embedding(steps.item_TB, vectors.step_XD), steps)
+        h_XH = h_TBH[predicts_TB]
+        scored = Scored(
+            model.query(h_XH),
+            vectors.item_XD,
+            vectors.bias_X,
+            column_TB[1:][predicts_TB],
+            torch.from_numpy(drawn.log_inclusion_C).to(device),
+            candidates.num_clicked,
+            None if weight_P is None else torch.from_numpy(weight_P[next_X]).to(device),
         )
-        own = loss.item()
+        loss = next_item_loss(scored, settings)
+        mean = loss / len(next_X)
         if guide is not None:
-            loss = loss + guide(model, h_XH, next_X)
-        for group in run.optimiser.param_groups:
-            group["lr"] = rate_at(run.step)
-        run.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        run.optimiser.step()
+            mean = mean + guide(model, h_XH, next_X)
+        mean.backward()  # type: ignore[no-untyped-call]
+        run.optimiser.step(rows, run.optimiser.gradients(rows), rate_at(run.step))
         run.step += 1
-        total += own * len(target_X)
-        count += len(target_X)
+        total += loss.detach()
+        count += len(next_X)
         on_batch(count / predictions)
-    mean = total / count
-    if not math.isfinite(mean):
+    per_prediction = float(total) / count
+    if not math.isfinite(per_prediction):
         raise ContractError(
-            f"training: the loss became {mean}; lower the learning rate "
+            f"training: the loss became {per_prediction}; lower the learning rate "
             f"(now {settings.learning_rate:g})",
             reason="non-finite",
         )
-    return mean
+    return per_prediction
 
 
 def _last_passes(
@@ -329,7 +305,7 @@ def _last_passes(
     if not settings.final_epochs:
         return
     start = settings.learning_rate * settings.final_rate
-    run.optimiser = _optimiser(run.model, settings, start)
+    run.optimiser = Optimiser(run.model, settings)
     run.step = 0
     steps = int((windows(everything, settings.history)[1] - 1).sum()) / settings.batch_events
     total = max(1.0, settings.final_epochs * steps)
@@ -354,7 +330,11 @@ def _exhausted(run: _Run, settings: TrainingSettings, held: Held | None) -> bool
 
 
 def _fingerprint(
-    train: Sequences, held: Held | None, num_items: int, settings: TrainingSettings
+    train: Sequences,
+    held: Held | None,
+    num_items: int,
+    settings: TrainingSettings,
+    content: Content | None,
 ) -> str:
     """Names settings and data; a constant rate leaves the number of epochs open."""
     if settings.rate_schedule == "constant":
@@ -362,8 +342,10 @@ def _fingerprint(
     digest = hashlib.sha256(msgspec.json.encode(settings))
     digest.update(str(num_items).encode())
     for part in (train, *(() if held is None else (held.sequences,))):
-        for column in (part.start_S1, part.item_P, part.event_P, part.gap_P):
+        for column in (part.start_S1, part.item_P, part.event_P, part.gap_P, part.hours()):
             digest.update(column.tobytes())
+    for array in () if content is None else content:
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -21,8 +21,8 @@ IR_VERSION = 9
 
 F32 = npt.NDArray[np.float32]
 
-_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
-"""Torch's gate blocks in ONNX's order: i f g o → i o f c, and r z n → z r h."""
+_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
+"""Torch's gate blocks in ONNX's order: i f g o → i o f c, r z n → z r h, and the only one."""
 
 
 def state_names(model: Recommender) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def state_names(model: Recommender) -> tuple[str, ...]:
 
 
 def step_graph(model: Recommender) -> onnx.ModelProto:
-    """`x, lens, [event], [gap], states -> <state>_next`; one recurrent node per layer."""
+    """`x, lens, [event], [gap], [hour], states -> <state>_next`; one recurrent node per layer."""
     settings = model.settings
     constants: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
@@ -40,7 +40,7 @@ def step_graph(model: Recommender) -> onnx.ModelProto:
         _info("lens", TensorProto.INT32, ["B"]),
     ]
     feed = "x"
-    for name, table in (("event", model.events), ("gap", model.gaps)):
+    for name, table in (("event", model.events), ("gap", model.gaps), ("hour", model.hours)):
         if table is None:
             continue
         inputs.append(_info(name, TensorProto.INT64, ["T", "B"]))
@@ -61,7 +61,7 @@ def step_graph(model: Recommender) -> onnx.ModelProto:
         for name, output in zip(names, kept, strict=True):
             after[name].append(output)
         weights = [f"{kind}{layer}" for kind in ("W", "R", "B")]
-        extra: dict[str, Any] = {} if settings.cell == "lstm" else {"linear_before_reset": 1}
+        extra: dict[str, Any] = {"linear_before_reset": 1} if settings.cell == "gru" else {}
         nodes.append(
             helper.make_node(
                 settings.cell.upper(),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from afterclick.serving.errors import ContractError
-from afterclick.serving.manifest import Manifest
+from afterclick.serving.manifest import ItemRow, Manifest
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.training.baselines import evaluate_baselines
@@ -43,6 +43,7 @@ from afterclick.training.progress import Silent, Teller
 from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
+from afterclick.training.text import Content, content_of
 from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
@@ -83,6 +84,7 @@ class Data(NamedTuple):
     train: Sequences
     held: Held | None
     everything: Sequences
+    content: Content | None
     num_duplicates: int
 
 
@@ -183,14 +185,20 @@ def prepare(source: Source, settings: TrainingSettings, serving: ServingSettings
             "validation part",
             reason="no-transitions",
         )
+    content = None
+    if settings.content:
+        rows = [source.items.get(item_id) or ItemRow(item_id=item_id) for item_id in item_ids]
+        content = content_of(rows, settings.content_buckets)
     if held is not None:
         known_N = np.bincount(train.item_P, minlength=len(item_ids)) > 0
+        if content is not None:
+            known_N |= content.speaking(known_N)
         held = newest(
             Held(_forget_items(held.sequences, known_N), held.target_P),
             settings.validation_events_max,
         )
         held = held if held.target_P.any() else None
-    return Data(item_ids, train, held, everything, whole.num_duplicates)
+    return Data(item_ids, train, held, everything, content, whole.num_duplicates)
 
 
 def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
@@ -255,6 +263,7 @@ def _fit(
         data.held,
         len(data.item_ids),
         settings,
+        content=data.content,
         everything=data.everything,
         checkpoint=_side_folder(serving, CHECKPOINTS) / "last.pt",
         resume=resume,

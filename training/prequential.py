@@ -19,7 +19,6 @@ from typing import NamedTuple
 import msgspec
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.manifest import ItemRow
 from afterclick.serving.records import TopList, decode_record
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ListRules, ServingSettings
@@ -34,7 +33,7 @@ from afterclick.streams.score import DAY_MS, MISS, K, Markov, Popularity, Rates,
 from afterclick.training.data import Columns
 from afterclick.training.pipeline import train_release
 from afterclick.training.settings import TrainingSettings
-from afterclick.training.sources import source_of
+from afterclick.training.sources import item_row, source_of
 
 HOUR_MS = 3600 * 1000
 
@@ -312,16 +311,7 @@ def _trained(
     columns: Columns, catalogue: list[Item], settings: TrainingSettings, serving: ServingSettings
 ) -> LoadedRelease:
     """A release of the clicks and items so far, published and loaded as a worker loads it."""
-    items = {
-        item.item_id: ItemRow(
-            item_id=item.item_id,
-            title=item.title,
-            categories=item.categories,
-            published_ms=item.published_ms,
-            available=item.available,
-        )
-        for item in catalogue
-    }
+    items = {item.item_id: item_row(item) for item in catalogue}
     source = source_of("live", columns)._replace(items=items, items_offset=[len(catalogue)])
     train_release(source, settings, serving)
     store = ReleaseStore(serving.releases, serving.releases_cache)

@@ -19,8 +19,8 @@ from afterclick.serving.settings import from_environment
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one training run; together with the data they decide the release."""
 
-    cell: Literal["lstm", "gru"] = "lstm"
-    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU one."""
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"
+    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU and a plain RNN one."""
 
     layers: Annotated[int, Meta(ge=1, le=8)] = 1
     """Recurrent layers; each adds its states to every user record."""
@@ -31,9 +31,10 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     dim: Annotated[int, Meta(ge=4, le=1024)] = 128
     """Length of an item's vector, shared by the input and the output of the model."""
 
-    loss: Literal["cosine", "softmax"] = "cosine"
-    """Cross-entropy over cosines times a learned scale, or over plain dot products. On
-    yoochoose-1-64 the cosine gained 2.8 points of HR@20 (shared notes on accuracy).
+    loss: Literal["cosine", "softmax", "bpr-max", "bce"] = "cosine"
+    """`cosine`: cross-entropy over cosines times a learned scale; `softmax`: over plain dot
+    products; `bpr-max`: rank above the hardest of the scored items; `bce`: binary, calibrated.
+    docs/model.md compares them.
     """
 
     scale: Annotated[float, Meta(gt=0, le=100)] = 14.0
@@ -49,6 +50,23 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     gap_vectors: bool = True
     """Learn a vector for each bucket of the time since the interaction before."""
+
+    hour_vectors: bool = False
+    """Learn a vector for each hour of the day (UTC) and add it to the item's."""
+
+    content: bool = True
+    """Learn from what items say about themselves, too: title, text, categories, domain, a given
+    vector; then a new item is scored from them the moment it arrives. Without effect where the
+    catalogue says nothing.
+    """
+
+    content_buckets: Annotated[int, Meta(ge=16, le=1 << 24)] = 1 << 18
+    """Words, their pairs, categories and domains are hashed into so many buckets. Only those that
+    training meets cost memory, so more of them only mean fewer collisions.
+    """
+
+    id_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Share of a batch's items that have to do without a vector of their own."""
 
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.25
     """Share of the step vector's entries dropped in training; also between layers."""

@@ -177,18 +177,23 @@ def _decoded(
     return _Decoded(found, [end for _, end in edges], num_bad)
 
 
+def item_row(item: Item) -> ItemRow:
+    """An item event as a row of the catalogue, with everything that the trainer reads."""
+    return ItemRow(
+        item_id=item.item_id,
+        title=item.title,
+        categories=item.categories,
+        published_ms=item.published_ms,
+        available=item.available,
+        text=item.text,
+        domain=item.domain,
+        vector=item.vector,
+    )
+
+
 def _rows(items: Iterable[Item]) -> dict[str, ItemRow]:
     """The last version of every item."""
-    return {
-        item.item_id: ItemRow(
-            item_id=item.item_id,
-            title=item.title,
-            categories=item.categories,
-            published_ms=item.published_ms,
-            available=item.available,
-        )
-        for item in items
-    }
+    return {item.item_id: item_row(item) for item in items}
 
 
 def _snapshot(source: str, columns: Columns, offsets: dict[str, int]) -> Snapshot:

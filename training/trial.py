@@ -152,6 +152,7 @@ def release_ranking(
         filter_seen: as in `evaluate_release`.
     """
     sequences = held.sequences
+    hour_P = sequences.hours()
     row_P = np.where(sequences.item_P == UNKNOWN, -1, row_N[np.maximum(sequences.item_P, 0)])
     known_P = row_P >= 0
     before_P1 = np.concatenate([[0], np.cumsum(known_P)])
@@ -184,6 +185,7 @@ def release_ranking(
                 np.ones(len(moving), np.int32),
                 event_TB=sequences.event_P[position][None],
                 gap_TB=sequences.gap_P[position][None],
+                hour_TB=hour_P[position][None],
             )
     return Ranking(rank_X, top_XK)
 

@@ -15,6 +15,9 @@ import torch
 from afterclick.serving.errors import ConfigError
 from afterclick.training.model import Recommender
 
+BUCKETS, BUCKET_VECTORS = "bucket_K", "buckets.weight"
+"""What items say is hashed; the rows of the vectors are those of this catalogue's hashes."""
+
 
 def save_weights(path: Path, model: Recommender, item_ids: Sequence[str]) -> None:
     """Write a model's weights and the ids of its items; the folder is made."""
@@ -57,6 +60,12 @@ def load_weights(path: Path, model: Recommender, item_ids: Sequence[str]) -> int
     pairs = [(new, row_of[name]) for new, name in enumerate(item_ids) if name in row_of]
     new_row = torch.tensor([new for new, _ in pairs], dtype=torch.long)
     old_row = torch.tensor([old for _, old in pairs], dtype=torch.long)
+    if BUCKETS in own:
+        now_K, then_K = own.pop(BUCKETS).cpu(), saved[BUCKETS]
+        both = torch.isin(now_K, then_K)
+        rows, before_K = own.pop(BUCKET_VECTORS), saved[BUCKET_VECTORS].to(model.bias.device)
+        if rows.shape[1:] == before_K.shape[1:]:
+            rows[both] = before_K[torch.searchsorted(then_K, now_K[both])]
     for name, value in own.items():
         before = saved[name].to(value.device)
         by_item = value.dim() > 0 and len(value) == len(item_ids) and len(before) == len(row_of)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Engine
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
-    FILES,
+    ENCODER_NAME,
     MANIFEST_NAME,
     SCAN_VECTORS_NAME,
     STEP_NAME,
@@ -22,8 +23,10 @@ from afterclick.serving.manifest import (
     Snapshot,
     sha256_of,
 )
+from afterclick.serving.records import INTERACTION_BYTES, UserRecord, encode_record
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
+from afterclick.streams.events import Item
 from afterclick.training.export import (
     Tables,
     advance_stepwise,
@@ -35,7 +38,10 @@ from afterclick.training.export import (
     torch_states,
     write_release,
 )
+from afterclick.training.graphs import state_names
 from afterclick.training.model import Recommender
+from afterclick.training.settings import TrainingSettings
+from afterclick.training.text import content_of
 from tests.unit.training.worlds import quick
 
 NUM_ITEMS = 200
@@ -44,24 +50,41 @@ HISTORY = 20
 ORACLE_TOLERANCE = 1e-5
 """float32 against the same formulas in float64, 20 steps of 16 units."""
 
-KINDS = list(itertools.product(("lstm", "gru"), (1, 2), ("cosine", "softmax"), (True, False)))
+CELLS = ("lstm", "gru", "rnn")
+KINDS = list(itertools.product(CELLS, (1, 2), ("cosine", "softmax"), (True, False)))
 
 
 def make(
-    folder: Path, *, cell: str = "lstm", layers: int = 1, loss: str = "cosine", context: bool = True
+    folder: Path,
+    *,
+    cell: str = "lstm",
+    layers: int = 1,
+    loss: str = "cosine",
+    context: bool = True,
+    rows: list[ItemRow] | None = None,
 ) -> tuple[Recommender, Tables, Manifest]:
+    """A release with random weights; of items that say something, every third was never clicked."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = quick(
-        cell=cell, layers=layers, loss=loss, event_vectors=context, gap_vectors=context
+        cell=cell,
+        layers=layers,
+        loss=loss,
+        event_vectors=context,
+        gap_vectors=context,
+        hour_vectors=context,
     )
-    model = Recommender(NUM_ITEMS, settings)
+    content = None if rows is None else content_of(rows, settings.content_buckets)
+    model = Recommender(NUM_ITEMS, settings, content)
     torch.nn.init.normal_(model.bias)
-    for table in (model.events, model.gaps):
+    for table in (model.events, model.gaps, model.hours):
         if table is not None:
             torch.nn.init.normal_(table.weight)
     ids = [f"i{n:05d}" for n in range(NUM_ITEMS)]
-    tables = build_tables(model, ids, np.ones(NUM_ITEMS, bool), {})
+    trained_N = np.ones(NUM_ITEMS, bool)
+    if rows is not None:
+        trained_N[::3] = False
+    tables = build_tables(model, ids, trained_N, {row.item_id: row for row in rows or ()})
     folder.mkdir(parents=True, exist_ok=True)
     manifest = write_release(
         folder,
@@ -74,9 +97,27 @@ def make(
     return model, tables, manifest
 
 
+def speaking_rows() -> list[ItemRow]:
+    """Titles and texts, Chinese and English, categories, and vectors for every second."""
+    rng = np.random.default_rng(6)
+    said = "央行 下调 利率 马航 失联 market bank red holder 改革 film".split()  # noqa: SIM905
+    return [
+        ItemRow(
+            item_id=f"i{n:05d}",
+            title=" ".join(rng.choice(said, 3)),
+            text=" ".join(rng.choice(said, 8)) if n % 4 else "",
+            categories=[f"c{n % 5}"],
+            domain="example.org" if n % 2 else "",
+            vector=None if n % 2 else rng.standard_normal(6).tolist(),
+        )
+        for n in range(NUM_ITEMS)
+    ]
+
+
 def reseal(folder: Path, manifest: Manifest) -> None:
     """Make checksums fit again, so that only the gate's own comparisons can object."""
-    fitting = msgspec.structs.replace(manifest, files={n: sha256_of(folder / n) for n in FILES})
+    names = manifest.files
+    fitting = msgspec.structs.replace(manifest, files={n: sha256_of(folder / n) for n in names})
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(fitting))
 
 
@@ -84,7 +125,7 @@ def reseal(folder: Path, manifest: Manifest) -> None:
 def test_every_kind_of_model_passes_the_gate(
     tmp_path: Path, cell: str, layers: int, loss: str, context: bool
 ) -> None:
-    """LSTM and GRU, one layer and two, both losses, with and without event and gap."""
+    """Every cell, one layer and two, both kinds of scores, with and without event, gap, hour."""
     folder = tmp_path / "r1"
     model, tables, manifest = make(folder, cell=cell, layers=layers, loss=loss, context=context)
 
@@ -92,7 +133,64 @@ def test_every_kind_of_model_passes_the_gate(
     assert manifest.state_floats == layers * 16 * (2 if cell == "lstm" else 1)
 
 
-@pytest.mark.parametrize(("cell", "layers"), [("lstm", 1), ("lstm", 2), ("gru", 1), ("gru", 2)])
+@pytest.mark.parametrize("loss", ["cosine", "softmax"])
+def test_a_worker_makes_of_a_new_item_what_the_model_makes_of_it(tmp_path: Path, loss: str) -> None:
+    """Never clicked and in the catalogue, or just arrived: the same words, the same vectors."""
+    folder = tmp_path / "r1"
+    rows = speaking_rows()
+    model, tables, manifest = make(folder, loss=loss, rows=rows)
+
+    passed = check_release(folder, model, tables, None)
+    catalog = Catalog.from_release(folder, manifest)
+    catalog.apply(Item(**msgspec.structs.asdict(rows[3]) | {"item_id": "just arrived"}), 0, 0)
+    arrived = catalog.row("just arrived")
+
+    assert "item encoder" in passed
+    assert arrived is not None
+    assert np.array_equal(catalog.step_vectors_NE[arrived], tables.step_ND[3])
+    assert np.array_equal(catalog.scan_vectors_ND[arrived], tables.scan_ND[3])
+    assert np.abs(tables.scan_ND[4, :-1] - tables.scan_ND[3, :-1]).max() > 0.01
+    assert model.prior.item() == tables.scan_ND[3, -1]
+
+
+def test_a_tampered_encoder_is_refused(tmp_path: Path) -> None:
+    """New items would be scored by what nobody trained."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder, rows=speaking_rows())
+    with np.load(folder / ENCODER_NAME, allow_pickle=False) as data:
+        arrays = dict(data)
+    arrays["vector"] = arrays["vector"][::-1]
+    np.savez(folder / ENCODER_NAME, **arrays)
+    reseal(folder, manifest)
+
+    with pytest.raises(ContractError, match="item encoder"):
+        check_release(folder, model, tables, None)
+
+
+def test_an_encoder_of_another_text_function_is_refused(tmp_path: Path) -> None:
+    """Its buckets would name other words."""
+    folder = tmp_path / "r1"
+    _, _, manifest = make(folder, rows=speaking_rows())
+    assert manifest.encoder is not None
+    newer = msgspec.structs.replace(manifest.encoder, text_version=99)
+
+    with pytest.raises(ContractError, match="text function 99"):
+        Catalog.from_release(folder, msgspec.structs.replace(manifest, encoder=newer))
+
+
+def test_a_record_of_the_default_size_has_less_than_two_kilobytes() -> None:
+    """Users times record is the memory of Redis."""
+    settings = TrainingSettings()
+    model = Recommender(2, settings)
+    floats = len(state_names(model)) * settings.layers * settings.units
+    record = UserRecord(
+        state=b"\0" * 4 * floats, interactions=b"\0" * INTERACTION_BYTES * ServingSettings().history
+    )
+
+    assert len(encode_record(record)) <= 2000
+
+
+@pytest.mark.parametrize(("cell", "layers"), list(itertools.product(CELLS, (1, 2))))
 def test_a_sequence_gives_the_bits_of_its_steps(tmp_path: Path, cell: str, layers: int) -> None:
     """The fold may cut the log anywhere; padding and company never move a bit."""
     folder = tmp_path / "r1"
@@ -111,6 +209,7 @@ def test_a_sequence_gives_the_bits_of_its_steps(tmp_path: Path, cell: str, layer
             histories.lens_B[user : user + 1],
             event_TB=histories.event_TB[:length, user : user + 1],
             gap_TB=histories.gap_TB[:length, user : user + 1],
+            hour_TB=histories.hour_TB[:length, user : user + 1],
         )
         assert np.array_equal(alone[0], whole[user])
         assert np.array_equal(engine.query(alone)[0], query[user])
@@ -137,6 +236,7 @@ def test_the_graph_is_the_lstm_of_the_textbook(tmp_path: Path) -> None:
                 tables.step_ND[histories.item_TB[step, user]]
                 + weights["event_vectors"][histories.event_TB[step, user]]
                 + weights["gap_vectors"][histories.gap_TB[step, user]]
+                + weights["hour_vectors"][histories.hour_TB[step, user]]
             )
             i, o, f, g = np.split(weights["W0"][0] @ x + weights["R0"][0] @ h + bias, 4)
             c = c / (1 + np.exp(-f)) + np.tanh(g) / (1 + np.exp(-i))
@@ -161,7 +261,7 @@ def test_scores_are_cosines_times_scale_plus_bias(tmp_path: Path) -> None:
     assert np.abs(cosine).max() <= model.scale.item() + 1e-4
 
 
-@pytest.mark.parametrize("name", ["W0", "R0", "B0", "gap_vectors"])
+@pytest.mark.parametrize("name", ["W0", "R0", "B0", "gap_vectors", "hour_vectors"])
 def test_a_tampered_weight_is_refused(tmp_path: Path, name: str) -> None:
     """Even with fitting checksums and self-test: torch says otherwise."""
     folder = tmp_path / "r1"
@@ -189,7 +289,12 @@ def _record_again(folder: Path, manifest: Manifest) -> None:
     with np.load(folder / "self_test.npz", allow_pickle=False) as recorded:
         feed = {key: recorded[key] for key in recorded.files}
     state = engine.advance(
-        feed["state"], feed["x"], feed["lens"], event_TB=feed["event"], gap_TB=feed["gap"]
+        feed["state"],
+        feed["x"],
+        feed["lens"],
+        event_TB=feed["event"],
+        gap_TB=feed["gap"],
+        hour_TB=feed["hour"],
     )
     np.savez(
         folder / "self_test.npz", **{**feed, "state_next": state, "query": engine.query(state)}
