@@ -148,7 +148,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseName
     created_at: str
     """UTC, ISO 8601."""
-    cell: Literal["lstm", "gru", "rnn"]
+    cell: Literal["lstm", "gru"]
     num_items: Annotated[int, Meta(ge=1)]
     step_dim: Annotated[int, Meta(ge=1)]
     """E."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from afterclick.training.sources import Source
 
 FLAGS = {
-    "cell": "lstm, gru or rnn",
+    "cell": "lstm or gru",
     "layers": "recurrent layers",
     "units": "hidden units of a layer",
     "dim": "length of an item vector",

@@ -21,8 +21,8 @@ IR_VERSION = 9
 
 F32 = npt.NDArray[np.float32]
 
-_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
-"""Torch's gate blocks in ONNX's order: i f g o → i o f c, r z n → z r h, and the only one."""
+_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+"""Torch's gate blocks in ONNX's order: i f g o → i o f c, and r z n → z r h."""
 
 
 def state_names(model: Recommender) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def step_graph(model: Recommender) -> onnx.ModelProto:
         for name, output in zip(names, kept, strict=True):
             after[name].append(output)
         weights = [f"{kind}{layer}" for kind in ("W", "R", "B")]
-        extra: dict[str, Any] = {"linear_before_reset": 1} if settings.cell == "gru" else {}
+        extra: dict[str, Any] = {} if settings.cell == "lstm" else {"linear_before_reset": 1}
         nodes.append(
             helper.make_node(
                 settings.cell.upper(),

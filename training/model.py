@@ -98,7 +98,7 @@ class Recommender(nn.Module):
         for table in (self.events, self.gaps, self.hours):
             if table is not None:
                 nn.init.zeros_(table.weight)
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[settings.cell]
+        kind = nn.LSTM if settings.cell == "lstm" else nn.GRU
         between = settings.dropout if settings.layers > 1 else 0.0
         self.cell: nn.RNNBase = kind(dim, units, settings.layers, dropout=between)
         self.out = nn.Linear(units, dim)

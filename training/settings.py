@@ -19,8 +19,8 @@ from afterclick.serving.settings import from_environment
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one training run; together with the data they decide the release."""
 
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"
-    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU and a plain RNN one."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU one."""
 
     layers: Annotated[int, Meta(ge=1, le=8)] = 1
     """Recurrent layers; each adds its states to every user record."""

@@ -50,7 +50,7 @@ HISTORY = 20
 ORACLE_TOLERANCE = 1e-5
 """float32 against the same formulas in float64, 20 steps of 16 units."""
 
-CELLS = ("lstm", "gru", "rnn")
+CELLS = ("lstm", "gru")
 KINDS = list(itertools.product(CELLS, (1, 2), ("cosine", "softmax"), (True, False)))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.manifest import FILES, MANIFEST_NAME
+from afterclick.serving.manifest import ENCODER_NAME, FILES, MANIFEST_NAME
 from afterclick.serving.releases import ReleaseStore
 from afterclick.training import export
 from afterclick.training.cli import train
@@ -65,7 +65,7 @@ def test_files_become_a_published_release(files: Path, capsys: pytest.CaptureFix
     store = ReleaseStore(str(files / "releases"))
     assert store.list() == [result["release"]]
     folder = files / "releases" / result["release"]
-    assert {path.name for path in folder.iterdir()} == {*FILES, MANIFEST_NAME}
+    assert {path.name for path in folder.iterdir()} == {*FILES, ENCODER_NAME, MANIFEST_NAME}
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     assert {"model", "popularity", "popularity_24h", "markov"} <= set(manifest["metrics"])
     assert manifest["snapshot"]["source"] == "clicks.csv"

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.training.data import Sequences, build_log, split
+from afterclick.serving.manifest import ItemRow
+from afterclick.training.data import I64, Sequences, build_log, split
 from afterclick.training.fit import Fitted, fit, recency_weights
-from afterclick.training.losses import Candidates, next_item_loss
+from afterclick.training.losses import Candidates, Drawn, Scored, next_item_loss
 from afterclick.training.model import Recommender
 from afterclick.training.settings import TrainingSettings, training_settings
+from afterclick.training.text import content_of
 from afterclick.training.warm import load_weights, save_weights
 from tests.unit.training.worlds import quick, ring
 
@@ -28,8 +30,16 @@ def losses(fitted: Fitted) -> list[float]:
     return [epoch.loss for epoch in fitted.curve]
 
 
-@pytest.mark.parametrize("loss", ["cosine", "softmax"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("cell", "loss"),
+    [
+        ("lstm", "cosine"),
+        ("lstm", "softmax"),
+        ("lstm", "bpr-max"),
+        ("lstm", "bce"),
+        ("gru", "cosine"),
+    ],
+)
 def test_it_learns_what_comes_next(cell: str, loss: str) -> None:
     """Nine of ten clicks are the item after the last: 0.9 · 11/12 ≥ 0.7 can be had at rank 1."""
     fitted = run(quick(cell=cell, loss=loss, epochs=8, dropout=0.1, dropout_hidden=0.0))
@@ -114,6 +124,19 @@ def test_nothing_to_learn_from_is_said() -> None:
         fit(single, None, 1, quick())
 
 
+def scored(model: Recommender, h_XH: torch.Tensor, target_X: I64, drawn: Drawn) -> Scored:
+    """Queries of hidden states against the drawn items."""
+    vectors = model.vectors(model.rows(torch.from_numpy(drawn.item_C)))
+    return Scored(
+        model.query(h_XH),
+        vectors.item_XD,
+        vectors.bias_X,
+        torch.from_numpy(np.searchsorted(drawn.item_C, target_X)),
+        torch.from_numpy(drawn.log_inclusion_C),
+        model.num_items,
+    )
+
+
 def test_sampled_loss_estimates_the_whole_one() -> None:
     """On average over draws, the corrected sample gives the loss of the whole catalogue.
 
@@ -122,24 +145,69 @@ def test_sampled_loss_estimates_the_whole_one() -> None:
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    model = Recommender(400, quick(dropout_hidden=0.0)).eval()
+    settings = quick(dropout_hidden=0.0)
+    model = Recommender(400, settings).eval()
     count_N = rng.integers(1, 9, 400)
     target_X = rng.choice(400, 32, p=count_N / count_N.sum())
     h_XH = torch.randn(32, 16)
 
-    with torch.no_grad():
-        whole = Candidates(count_N, 4096).draw(target_X, rng)
-        exact = next_item_loss(model, h_XH, target_X, whole).item()
-        part = Candidates(count_N, 64)
-        drawn = [part.draw(target_X, rng) for _ in range(200)]
-        sampled = [next_item_loss(model, h_XH, target_X, one).item() for one in drawn]
+    def loss(drawn: Drawn) -> float:
+        with torch.no_grad():
+            return next_item_loss(scored(model, h_XH, target_X, drawn), settings).item()
+
+    exact = loss(Candidates(count_N, 4096).draw(target_X, rng))
+    part = Candidates(count_N, 64)
+    drawn = [part.draw(target_X, rng) for _ in range(200)]
+    sampled = [loss(one) for one in drawn]
 
     assert max(len(one.item_C) for one in drawn) < 100
     bare = [one._replace(log_inclusion_C=np.zeros_like(one.log_inclusion_C)) for one in drawn]
-    with torch.no_grad():
-        naive = [next_item_loss(model, h_XH, target_X, one).item() for one in bare]
+    naive = [loss(one) for one in bare]
     assert np.mean(sampled) == pytest.approx(exact, rel=0.05)
     assert exact - np.mean(naive) > 2 * 0.05 * exact
+
+
+def test_cross_entropy_has_the_value_and_the_gradients_of_torchs_own() -> None:
+    """Its scores are overwritten by their gradient; weights, bias and correction included."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(7, 5), torch.randn(30, 5), torch.randn(30)]
+    column_X, log_C = torch.randint(0, 30, (7,)), -torch.rand(30)
+    weight_X = torch.rand(7)
+    found, expected = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
+
+    ours = next_item_loss(Scored(*found, column_X, log_C, 30, weight_X), quick())
+    ours.backward()
+    query_XD, item_CD, bias_C = expected
+    score_XC = query_XD @ item_CD.T + bias_C - log_C
+    score_XC = score_XC + log_C * torch.nn.functional.one_hot(column_X, 30)
+    loss_X = torch.nn.functional.cross_entropy(score_XC, column_X, reduction="none")
+    (loss_X * weight_X).sum().backward()
+
+    assert ours.item() == pytest.approx((loss_X * weight_X).sum().item(), rel=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_items_that_only_speak_are_found(tmp_path: Path) -> None:
+    """Ring items are named by their neighbours; a never clicked one is scored by its name alone."""
+    log = build_log(ring(), history=50)
+    rows = [
+        ItemRow(item_id=i, title=f"stop{int(i[1:])} stop{int(i[1:]) + 1}") for i in log.item_ids
+    ]
+    content = content_of(rows, 1 << 18)
+    cold = log.sequences.item_P == 7
+    train = log.sequences.select(~cold)
+    held = split(log.sequences, 0.3, "sequences")[1]
+    assert held is not None
+    held = held._replace(target_P=held.target_P & (held.sequences.item_P == 7))
+
+    torch.set_num_threads(1)
+    fitted = fit(
+        train, held, len(rows), quick(epochs=8, id_dropout=0.5, dropout=0.1), content=content
+    )
+
+    # Chance is half of 40 items; its two neighbours share a word with it each.
+    assert fitted.validation["hit_rate_5"] > 0.5
 
 
 def test_settings_come_from_environment_then_file_then_flags(tmp_path: Path) -> None:
