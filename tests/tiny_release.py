@@ -17,11 +17,12 @@ from afterclick.serving.engine import Engine
 from afterclick.serving.features import FEATURES
 from afterclick.serving.manifest import (
     BLEND_NAME,
+    ENCODER_NAME,
     FILES,
     GAP_BUCKETS,
     ITEMS_NAME,
     MANIFEST_NAME,
-    OPTIONAL_FILES,
+    MEMORY_NAME,
     QUERY_NAME,
     SCAN_VECTORS_NAME,
     SCHEMA,
@@ -29,6 +30,7 @@ from afterclick.serving.manifest import (
     STEP_NAME,
     STEP_VECTORS_NAME,
     BlendSpec,
+    EncoderSpec,
     ItemRow,
     ItemTable,
     Manifest,
@@ -38,7 +40,10 @@ from afterclick.serving.manifest import (
     sha256_of,
 )
 from afterclick.serving.memory import memory_of
+from afterclick.serving.text import TEXT_VERSION, bucket, features
 from afterclick.training.blend_graph import blend_graph
+
+ENCODER_BUCKETS = 1 << 12
 
 
 def write_tiny_release(
@@ -50,6 +55,7 @@ def write_tiny_release(
     categories: int = 5,
     items: list[ItemRow] | None = None,
     blend: bool = False,
+    encoder: bool = False,
 ) -> Manifest:
     """Write a complete release into `folder`, whose name is its id."""
     rng = np.random.default_rng(seed)
@@ -80,17 +86,37 @@ def write_tiny_release(
         snapshot=Snapshot(source="random"),
         files={},
     )
-    files = FILES
+    files: tuple[str, ...] = FILES
     if blend:
         manifest = msgspec.structs.replace(manifest, blend=BlendSpec(features=list(FEATURES)))
         _write_blend(folder, [item.item_id for item in items], rng)
-        files = (*FILES, *OPTIONAL_FILES)
+        files += (BLEND_NAME, MEMORY_NAME)
+    if encoder:
+        spec = _write_encoder(folder, items, rng, units)
+        manifest = msgspec.structs.replace(manifest, encoder=spec)
+        files += (ENCODER_NAME,)
     _write_self_test(folder, manifest, rng)
     manifest = msgspec.structs.replace(
         manifest, files={name: sha256_of(folder / name) for name in files}
     )
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
     return manifest
+
+
+def _write_encoder(
+    folder: Path, items: list[ItemRow], rng: np.random.Generator, units: int
+) -> EncoderSpec:
+    """Knows every word and category of the items; not normalised, as their vectors are not."""
+    names = {name for item in items for field in features(item) for name in field}
+    number_K = np.array(sorted({bucket(name, ENCODER_BUCKETS) for name in names}), np.int64)
+    vector_KD = rng.standard_normal((len(number_K), units)).astype(np.float32)
+    np.savez(
+        folder / ENCODER_NAME,
+        bucket=number_K,
+        vector=vector_KD,
+        given=np.zeros((0, units), np.float32),
+    )
+    return EncoderSpec(text_version=TEXT_VERSION, num_buckets=ENCODER_BUCKETS)
 
 
 def digest_of(folder: Path) -> str:

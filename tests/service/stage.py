@@ -74,10 +74,12 @@ class Stage:
         """A connection to what the workers write."""
         return open_store(self.serving, check_topics(self.streams))
 
-    def publish(self, release: str, *, seed: int, num_items: int = 300) -> Publication:
+    def publish(
+        self, release: str, *, seed: int, num_items: int = 300, encoder: bool = False
+    ) -> Publication:
         """A tiny release, put in force."""
         folder = self.releases.staging(release)
-        write_tiny_release(folder, num_items=num_items, seed=seed)
+        write_tiny_release(folder, num_items=num_items, seed=seed, encoder=encoder)
         self.releases.add(folder)
         return self.releases.publish(release)
 
