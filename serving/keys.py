@@ -98,6 +98,10 @@ class Keys:
         """Redis hash of one hour's click counts per item."""
         return f"{{{self._slots}:{partition}}}:pop:{bucket}"
 
+    def signals(self, partition: int) -> str:
+        """Redis sorted set of the moves that are on their way to topic `signals`."""
+        return f"{{{self._slots}:{partition}}}:signals"
+
     def popularity_summary(self, partition: int) -> str:
         """A partition's most popular items, from which the fallback list is made."""
         return f"{{{self._slots}:{partition}}}:pop:summary"

@@ -151,6 +151,19 @@ def unpack_interactions(data: bytes) -> list[Interaction]:
     ]
 
 
+def last_hashes(interactions: bytes, num: int) -> tuple[int, ...]:
+    """Item hashes of the last interactions, newest first, at most `num`, none beyond a reset."""
+    found: list[int] = []
+    end = len(interactions)
+    first = max(0, end - num * INTERACTION_BYTES)
+    for at in range(end - INTERACTION_BYTES, first - 1, -INTERACTION_BYTES):
+        hash_, _, traits = _INTERACTION.unpack_from(interactions, at)
+        found.append(hash_)
+        if traits >> 15:
+            break
+    return tuple(found)
+
+
 def is_repeat(interactions: bytes, packed: bytes) -> bool:
     """Whether an interaction with the same item and tag is among the kept ones."""
     needle = packed[:12]

@@ -13,9 +13,10 @@ if head == ARGV[2] then return 'OK' end
 if head ~= ARGV[1] then return head end
 redis.call('SET', KEYS[1], ARGV[2])
 if ARGV[3] ~= '' then redis.call('RPUSH', KEYS[2], ARGV[3]) end
+if ARGV[8] ~= '' then redis.call('ZADD', KEYS[4], ARGV[7], ARGV[8]) end
 local ttl = ARGV[4]
 local due = redis.call('EXISTS', KEYS[3]) == 1
-local key, arg = 4, 7
+local key, arg = 5, 9
 for _ = 1, tonumber(ARGV[5]) do
   if ARGV[arg] == '' then redis.call('DEL', KEYS[key])
   else redis.call('SET', KEYS[key], ARGV[arg], 'EX', ttl) end
@@ -39,12 +40,11 @@ while KEYS[key] do
 end
 return 'OK'
 """
-"""KEYS: head, inputs, due, then record and list of each user, then popularity hashes.
+"""KEYS: head, inputs, due, signals, then record and list of each user, then popularity hashes.
 ARGV: head expected, head new, inputs entry or '', seconds to keep users, number of users, seconds
-to keep
-popularity, then record, list and due mark of each user ('' deletes; a mark leaves the list as it
-is and
-names what it must answer), then per hash: count, item, increment, …
+to keep popularity, last offset, moves to publish or '', then record, list and due mark of each
+user ('' deletes; a mark leaves the list as it is and names what it must answer), then per hash:
+count, item, increment, …
 Answers OK, or the head that stands there. A head holds its write's batch id, so finding the new
 head
 means that this very script ran before and the client sent it again.

@@ -54,6 +54,14 @@ class PopularityWrite(NamedTuple):
     counts: dict[str, int]
 
 
+class SignalsWrite(NamedTuple):
+    """Moves of one chunk, for topic `signals`."""
+
+    last: int
+    """Offset of the chunk's last click; the outbox is in this order."""
+    packed: bytes
+
+
 class Read(NamedTuple):
     """Head and records as they stood at one moment."""
 
@@ -138,6 +146,7 @@ class Store:
         entry: InputsEntry | None,
         users: Sequence[UserWrite],
         popularity: Sequence[PopularityWrite],
+        signals: SignalsWrite | None = None,
     ) -> bytes | None:
         """Write a folded chunk if the stored head is the one expected.
 
@@ -147,6 +156,7 @@ class Store:
         new = msgspec.json.encode(head)
         written_ms = self._clock_ms()
         names = [self.keys.head(partition), self.keys.inputs(partition), self.keys.due(partition)]
+        names.append(self.keys.signals(partition))
         args: list[bytes | int | str] = [
             expected,
             new,
@@ -154,6 +164,7 @@ class Store:
             self.record_ttl_s,
             len(users),
             self.popularity_ttl_s,
+            *(signals or (0, b"")),
         ]
         for user in users:
             names.append(self.keys.user(partition, user.user_id))
@@ -168,6 +179,24 @@ class Store:
                 args += [item, count]
         answer: bytes = self._call(lambda: self._commit(keys=names, args=args))
         return None if answer == b"OK" else answer
+
+    def waiting_signals(self, partition: int, limit: int) -> list[SignalsWrite]:
+        """The oldest moves that are not known to be in topic `signals` yet, in log order."""
+        name = self.keys.signals(partition)
+        found = self._call(lambda: self._redis.zrange(name, 0, limit - 1, withscores=True))
+        return [SignalsWrite(int(last), packed) for packed, last in found]
+
+    def published_signals(self, partition: int, last: int) -> None:
+        """Let go of the moves up to one, which the topic has, or which are given up.
+
+        Not fenced: what the topic has once, it has whoever folds the partition now.
+        """
+        name = self.keys.signals(partition)
+        self._call(lambda: self._redis.zremrangebyscore(name, "-inf", last))
+
+    def num_waiting_signals(self, partition: int) -> int:
+        """Chunks whose moves wait."""
+        return int(self._call(lambda: self._redis.zcard(self.keys.signals(partition))))
 
     def due_users(self, partition: int, limit: int) -> list[str]:
         """Some of the users whose lists are due, at most `limit`; none only if there are none."""
@@ -223,8 +252,8 @@ class Store:
         return None if answer == b"OK" else answer
 
     def clear(self, partition: int, expected: bytes, *, inputs: bool, head: bool = False) -> bool:
-        """Delete everything of a partition while its head stands as expected; scans, so for a
-        rebuild only.
+        """Delete everything of a partition while its head stands as expected, but for moves that
+        wait to be published; scans, so for a rebuild only.
 
         Args:
             partition: whose.
@@ -234,7 +263,9 @@ class Store:
         Returns:
             Whether the head stood as expected to the end.
         """
-        kept = {self.keys.head(partition), *([] if inputs else [self.keys.inputs(partition)])}
+        kept = {self.keys.head(partition), self.keys.signals(partition)}
+        if not inputs:
+            kept.add(self.keys.inputs(partition))
 
         def left() -> Iterator[str]:
             for pattern in self.keys.patterns(partition):

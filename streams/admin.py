@@ -109,7 +109,7 @@ def wait_for_broker(settings: StreamsSettings, timeout_s: float) -> None:
 def create_topics(
     settings: StreamsSettings, *, partitions: int, replication: int, item_partitions: int = 1
 ) -> list[TopicOutcome]:
-    """Create clicks, items and their dead-letter topics; what exists is left as it is.
+    """Create clicks, items, their dead-letter topics and signals; what exists is left as it is.
 
     Args:
         settings: topics' names and the broker.
@@ -122,11 +122,16 @@ def create_topics(
         UnavailableError: the broker does not answer.
     """
     clicks, items = settings.clicks_topic, settings.items_topic
+    kept_ms = settings.signals_retention_h * 3600 * 1000
     wanted = {
         clicks: (partitions, {"cleanup.policy": "delete"}),
         items: (item_partitions, _FOR_EVER),
         dead_letters_topic(clicks): (1, {"cleanup.policy": "delete"}),
         dead_letters_topic(items): (1, {"cleanup.policy": "delete"}),
+        settings.signals_topic: (
+            1,
+            {"cleanup.policy": "delete", "retention.ms": str(kept_ms), "retention.bytes": "-1"},
+        ),
     }
     request = {
         name: {"num_partitions": count, "replication_factor": replication, "configs": configs}
@@ -165,8 +170,8 @@ def check_topics(settings: StreamsSettings, timeout_s: float = BROKER_TIMEOUT_S)
             compacted.
         UnavailableError: the broker does not answer, or a topic has no leader.
     """
-    clicks, items = settings.clicks_topic, settings.items_topic
-    names = [clicks, items, dead_letters_topic(clicks), dead_letters_topic(items)]
+    clicks, items, signals = settings.clicks_topic, settings.items_topic, settings.signals_topic
+    names = [clicks, items, dead_letters_topic(clicks), dead_letters_topic(items), signals]
     with _admin(settings, timeout_s) as admin:
         found = {topic["name"]: topic for topic in admin.describe_topics(names)}
         missing = [name for name in names if found[name]["error_code"] == _MISSING]
@@ -180,8 +185,14 @@ def check_topics(settings: StreamsSettings, timeout_s: float = BROKER_TIMEOUT_S)
                 raise _broker_refused(
                     settings, f"describe topic {name!r}", found[name]["error_code"]
                 )
-        configs = _configs(admin, [clicks, items])
-    for name in (clicks, items):
+        if len(found[signals]["partitions"]) != 1:
+            raise ConfigError(
+                f"Kafka at {settings.broker}: topic {signals!r} has "
+                f"{len(found[signals]['partitions'])} partitions, expected 1, because lists name "
+                "one offset of it; delete it and run: afterclick topics create"
+            )
+        configs = _configs(admin, [clicks, items, signals])
+    for name in (clicks, items, signals):
         policy = configs[name].get("cleanup.policy", "delete")
         if "compact" in policy:
             raise ConfigError(

@@ -42,6 +42,7 @@ from afterclick.streams.health import HealthServer
 from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.namespace import claim_namespace, grown_words, wait_for_redis
+from afterclick.streams.outbox import Publisher, SignalsProducer, keep_publishing
 from afterclick.streams.partition import PartitionFold
 from afterclick.streams.piece import Limits
 from afterclick.streams.popularity import Popularity
@@ -96,6 +97,9 @@ class Worker:
             on_unavailable=self._write_unavailable,
             on_bad_item=self._bad_item,
         )
+        self._publisher = Publisher(
+            store, serving.namespace, SignalsProducer(streams).send, streams.signals_outbox_max
+        )
         self._log = LogReader(streams)
         self._watched_log = LogReader(streams)  # of its own: openings must not wait for looks
         self._watchdog = Watchdog(streams.stall_s)
@@ -140,6 +144,21 @@ class Worker:
         """Take new items."""
         await self._shared.prepared.wait()
         await self.runtime.follow_items()
+
+    async def publish_signals(self) -> None:
+        """Tell everybody what was clicked in the partitions held here."""
+        await self._shared.prepared.wait()
+        await keep_publishing(
+            self._publisher,
+            lambda: [
+                held.fold
+                for held in self.held.values()
+                if held.state in (State.READY, State.WAITING)
+            ],
+            epoch=self.store.keys.epoch,
+            every_s=self.streams.signals_every_ms / 1000,
+            metrics=self.metrics,
+        )
 
     async def assigned(self, tps: set[TP]) -> None:
         """Take partitions over."""
@@ -474,6 +493,7 @@ def build_app(worker: Worker) -> faust.App:
         worker.renew_fallback,
         worker.watch_releases,
         worker.follow_items,
+        worker.publish_signals,
     ):
         app.task(task)
     return app

@@ -21,7 +21,7 @@ from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
-from afterclick.serving.memory import Memory
+from afterclick.serving.memory import BEFORE, Memory, Move
 from afterclick.serving.ranking import Ranked, pick, pick_plain, rank_all
 from afterclick.serving.records import (
     INTERACTION_BYTES,
@@ -31,6 +31,7 @@ from afterclick.serving.records import (
     encode_list,
     is_repeat,
     item_hash,
+    last_hashes,
     pack_interaction,
     repeat_tag,
     unpack_interactions,
@@ -93,6 +94,8 @@ class Folded(NamedTuple):
     counts: Counts
     due: dict[str, tuple[int, int]]
     """Offset and time of the event that a list must answer which was put off."""
+    moves: list[tuple[int, Move]]
+    """Offset of every click counted, and what it tells of its item; in log order."""
 
 
 class Step(NamedTuple):
@@ -194,13 +197,14 @@ def fold(
     """
     assert (release is None) == (inputs.publication == 0)
     drafts: dict[str, _Draft] = {}
+    moves: list[tuple[int, Move]] = []
     counts = dict.fromkeys(Counts._fields, 0)
     for at, event in enumerate(events):
         draft = drafts.get(event.user_id)
         if draft is None:
             draft = drafts[event.user_id] = _Draft(records[event.user_id] or UserRecord())
         counts["clocks_replaced"] += event.clock_replaced
-        outcome = _apply(draft, event, inputs, catalog)
+        outcome = _apply(draft, event, inputs, catalog, moves)
         counts[outcome] += 1
         if outcome in ("clicks", "visits"):
             draft.listed_at = at
@@ -213,7 +217,8 @@ def fold(
         moved = [draft for draft in drafts.values() if draft.changed or draft.listed_at is not None]
         counts["rebuilt"] = _rebuild(moved, inputs, release)
         counts["steps"] = _advance(moved, release)
-    return _finish(drafts, partition, inputs, release, added, Counts(**counts), put_off=put_off)
+    folded = _finish(drafts, partition, inputs, release, added, Counts(**counts), put_off=put_off)
+    return folded._replace(moves=moves)
 
 
 def renew(
@@ -299,8 +304,14 @@ def rank_states(
     return ranked
 
 
-def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) -> str:
-    """Take one event into a draft; the name of the count it belongs to."""
+def _apply(
+    draft: _Draft,
+    event: FoldEvent,
+    inputs: Inputs,
+    catalog: Catalog,
+    moves: list[tuple[int, Move]],
+) -> str:
+    """Take one event into a draft, and its move; the name of the count it belongs to."""
     rules = inputs.rules
     if event.event == "forget":
         draft.forget(inputs.publication)
@@ -323,6 +334,8 @@ def _apply(draft: _Draft, event: FoldEvent, inputs: Inputs, catalog: Catalog) ->
         if reset:
             draft.resets += 1
             draft.clear_state(inputs.publication)
+        before = () if reset else last_hashes(draft.interactions, BEFORE)
+        moves.append((event.offset, Move(event.item_id, code, event.event_ms, before)))
         draft.interactions = (draft.interactions + packed)[-rules.history * INTERACTION_BYTES :]
         draft.clicks += 1
         draft.last_ms = max(draft.last_ms, event.event_ms)
@@ -463,7 +476,7 @@ def _finish(
             lists[user_id] = b""
     if put_off and release is not None:
         due = {user_id: (draft.offset, draft.event_ms) for user_id, draft in listed.items()}
-        return Folded(records, lists, added, counts, due)
+        return Folded(records, lists, added, counts, due, [])
     if release is None:
         rankings = [
             Ranked([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
@@ -485,7 +498,7 @@ def _finish(
                 event_ms=draft.event_ms,
             )
         )
-    return Folded(records, lists, added, counts, {})
+    return Folded(records, lists, added, counts, {}, [])
 
 
 def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked]:

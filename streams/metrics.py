@@ -69,6 +69,17 @@ class Metrics:
         self.lost_records = counter(
             "lost_records_total", "Records the log dropped before they were folded (ACCEPT_LOSS)."
         )
+        self.signals_published = counter(
+            "signals_published_total", "Chunks whose moves the signals topic has taken."
+        )
+        self.signals_dropped = counter(
+            "signals_dropped_total",
+            "Chunks whose moves were given up: the outbox was full, or the topic takes none so "
+            "large.",
+        )
+        self.signals_absorbed = counter(
+            "signals_absorbed_total", "Moves taken into the memory of the release in force."
+        )
         self.swaps = counter("swaps_total", "Releases put in force.")
         self.refused_releases = counter(
             "refused_releases_total", "Publications that failed a check, by reason.", ("reason",)
@@ -81,6 +92,16 @@ class Metrics:
         )
         self.lag = gauge(
             "lag_records", "Records in the log that are not folded yet.", ("partition",)
+        )
+
+        self.signals_waiting = gauge(
+            "signals_waiting", "Chunks whose moves wait to be published.", ("partition",)
+        )
+        self.signals_offset = gauge(
+            "signals_offset", "Offset of the signals topic that new lists are made with."
+        )
+        self.signals_lag = gauge(
+            "signals_lag_records", "Records of the signals topic that are not absorbed yet."
         )
 
         self.click_to_list_seconds = histogram(
@@ -100,5 +121,5 @@ class Metrics:
 
     def forget_partition(self, partition: int) -> None:
         """Stop showing a partition that another worker has now."""
-        for metric in (self.head_offset, self.lag):
+        for metric in (self.head_offset, self.lag, self.signals_waiting):
             metric.remove_by_labels({"partition": str(partition)})

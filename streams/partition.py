@@ -27,12 +27,13 @@ from afterclick.serving.records import (
     rules_digest,
 )
 from afterclick.serving.settings import ListRules
-from afterclick.serving.store import PopularityWrite, Read, Standing, UserWrite
+from afterclick.serving.store import PopularityWrite, Read, SignalsWrite, Standing, UserWrite
 from afterclick.streams.events import FoldEvent
 from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold, renew
 from afterclick.streams.piece import Limits, Piece, answers, take, user_writes, within_rebuilds
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.record import Chunk, DeadLetter, LogEdges, Record, record_crc
+from afterclick.streams.signals import encode_parcel
 
 
 class Serving(NamedTuple):
@@ -60,6 +61,7 @@ class PartitionStore(Protocol):
         entry: InputsEntry | None,
         users: Sequence[UserWrite],
         popularity: Sequence[PopularityWrite],
+        signals: SignalsWrite | None = None,
     ) -> bytes | None: ...
     def due_users(self, partition: int, limit: int) -> list[str]: ...  # noqa: D102
     def read_standing(  # noqa: D102
@@ -143,6 +145,8 @@ class PartitionFold:
         self._torn = False  # an exception left this object between two states
         self.has_due = True  # unknown yet
         """Whether lists may be due; false once a look found none."""
+        self.has_signals = True  # unknown yet: a former owner may have left some
+        """Whether moves may wait to be published; whoever publishes them says so."""
         self._cache: dict[str, UserRecord | None] = {}
         self._popularity = self._new_popularity()
 
@@ -150,6 +154,11 @@ class PartitionFold:
     def position(self) -> int:
         """Offset of the first record not yet folded."""
         return self._head.next
+
+    @property
+    def topic_id(self) -> str:
+        """Kafka's id of the topic whose log it folds."""
+        return self._head.topic_id
 
     @property
     def rules(self) -> ListRules:
@@ -412,8 +421,16 @@ class PartitionFold:
         came_ms = {record.offset: record.timestamp_ms for record, _ in piece}
         users = user_writes(folded, came_ms)
         hours = [PopularityWrite(hour, counts) for hour, counts in folded.popularity.items()]
-        if self._store.commit(self.partition, self._stored, head, entry, users, hours) is not None:
+        signals = None
+        if folded.moves:
+            packed = encode_parcel(self._head.next, head.next, folded.moves)
+            signals = SignalsWrite(last.offset, packed)
+        written = self._store.commit(
+            self.partition, self._stored, head, entry, users, hours, signals
+        )
+        if written is not None:
             return None
+        self.has_signals = self.has_signals or signals is not None
         self._head, self._stored = head, msgspec.json.encode(head)
         self._remember(folded.records)
         self.has_due = self.has_due or bool(folded.due)
@@ -508,7 +525,7 @@ class PartitionFold:
 
     def _reload(self) -> None:
         """Forget everything and take head and popularity from Redis, of one moment."""
-        self._torn, self.has_due = True, True
+        self._torn, self.has_due, self.has_signals = True, True, True
         self._cache.clear()
         stored = self._store.read(self.partition, []).head
         while True:

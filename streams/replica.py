@@ -10,15 +10,27 @@ from typing import TypeVar
 import msgspec
 
 from afterclick.serving.records import Head, InputsEntry
-from afterclick.serving.store import Due, PopularityWrite, Read, Standing, UserWrite
+from afterclick.serving.store import (
+    Due,
+    PopularityWrite,
+    Read,
+    SignalsWrite,
+    Standing,
+    UserWrite,
+)
 
 K = TypeVar("K")
 
 
 class Replica:
-    """Heads, inputs, records, lists, popularity and due marks."""
+    """Heads, inputs, records, lists, popularity, due marks and moves.
 
-    def __init__(self) -> None:
+    Args:
+        signals_from: moves of chunks that end before this offset are not kept: of a long log they
+            would be the largest part.
+    """
+
+    def __init__(self, signals_from: int = 0) -> None:
         self.heads: dict[int, bytes] = {}
         self.entries: dict[int, list[InputsEntry]] = {}
         self.records: dict[tuple[int, str], bytes] = {}
@@ -26,6 +38,8 @@ class Replica:
         """Without `written_ms`."""
         self.due: dict[tuple[int, str], Due] = {}
         self.hours: dict[tuple[int, int], dict[str, int]] = {}
+        self.signals: dict[int, list[SignalsWrite]] = {}
+        self._signals_from = signals_from
 
     def read(self, partition: int, user_ids: Sequence[str]) -> Read:
         """As `Store.read`."""
@@ -47,6 +61,7 @@ class Replica:
         entry: InputsEntry | None,
         users: Sequence[UserWrite],
         popularity: Sequence[PopularityWrite],
+        signals: SignalsWrite | None = None,
     ) -> bytes | None:
         """As `Store.commit`."""
         new = msgspec.json.encode(head)
@@ -69,7 +84,22 @@ class Replica:
             counts = self.hours.setdefault((partition, hour.bucket), {})
             for item, count in hour.counts.items():
                 counts[item] = counts.get(item, 0) + count
+        if signals and signals.last >= self._signals_from:
+            self.signals.setdefault(partition, []).append(signals)
         return None
+
+    def waiting_signals(self, partition: int, limit: int) -> list[SignalsWrite]:
+        """As `Store.waiting_signals`."""
+        return self.signals.get(partition, [])[:limit]
+
+    def published_signals(self, partition: int, last: int) -> None:
+        """As `Store.published_signals`."""
+        waiting = self.signals.get(partition, [])
+        self.signals[partition] = [one for one in waiting if one.last > last]
+
+    def num_waiting_signals(self, partition: int) -> int:
+        """As `Store.num_waiting_signals`."""
+        return len(self.signals.get(partition, []))
 
     def due_users(self, partition: int, limit: int) -> list[str]:
         """As `Store.due_users`."""

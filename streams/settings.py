@@ -52,6 +52,26 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     items_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "items"
     """Topic of catalogue items; kept whole."""
 
+    signals_topic: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "signals"
+    """Topic by which workers tell each other what was clicked; one partition. Namespaces may share
+    it.
+    """
+
+    signals_retention_h: Annotated[int, Meta(ge=1)] = 168
+    """Hours that `topics create` lets the signals topic keep: longer than any release stays in
+    force. A worker that starts reads it from the release's training on.
+    """
+
+    signals_every_ms: Annotated[int, Meta(ge=10, le=60_000)] = 250
+    """Least time between two messages of one partition to the signals topic, and between two
+    changes of the memory that lists are made with.
+    """
+
+    signals_outbox_max: Annotated[int, Meta(ge=1)] = 4096
+    """Chunks of one partition whose clicks may wait in Redis for the signals topic; beyond it the
+    oldest are given up, which lists feel and records do not.
+    """
+
     group: str = "afterclick"
     """Consumer group of the workers."""
 

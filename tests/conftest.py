@@ -120,6 +120,7 @@ def topics(broker_address: str, request: pytest.FixtureRequest) -> StreamsSettin
         broker=broker_address,
         clicks_topic=f"clicks-{name}",
         items_topic=f"items-{name}",
+        signals_topic=f"signals-{name}",
         group=f"group-{name}",
     )
     create_topics(settings, partitions=partitions, replication=1, item_partitions=item_partitions)

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.service
 def settings(broker_address: str) -> StreamsSettings:
     name = uuid.uuid4().hex[:8]
     return StreamsSettings(
-        broker=broker_address, clicks_topic=f"clicks-{name}", items_topic=f"items-{name}"
+        broker=broker_address,
+        clicks_topic=f"clicks-{name}",
+        items_topic=f"items-{name}",
+        signals_topic=f"signals-{name}",
     )
 
 
@@ -53,6 +56,7 @@ def test_created_topics_pass_the_check(settings: StreamsSettings) -> None:
         settings.items_topic: 2,
         f"{settings.clicks_topic}.dlq": 1,
         f"{settings.items_topic}.dlq": 1,
+        settings.signals_topic: 1,
     }
     assert all(outcome.created for outcome in outcomes)
     assert (info.clicks_partitions, info.items_partitions) == (3, 2)
@@ -101,7 +105,7 @@ def test_a_compacted_log_is_refused_with_the_command_that_mends_it(
 ) -> None:
     """Compaction removes records that a replay needs; tansu tells no configuration."""
     create_topics(settings, partitions=1, replication=1)
-    for topic in (settings.clicks_topic, settings.items_topic):
+    for topic in (settings.clicks_topic, settings.items_topic, settings.signals_topic):
         _configure(settings, topic, {"cleanup.policy": "compact,delete"})
         with pytest.raises(ConfigError, match=f"{topic}.*compact,delete.*kafka-configs.sh"):
             check_topics(settings)

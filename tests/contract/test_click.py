@@ -25,7 +25,10 @@ def place(
 ) -> tuple[StreamsSettings, Keys]:
     name = f"t{uuid.uuid4().hex[:8]}"
     streams = StreamsSettings(
-        broker=broker_address, clicks_topic=f"{name}-clicks", items_topic=f"{name}-items"
+        broker=broker_address,
+        clicks_topic=f"{name}-clicks",
+        items_topic=f"{name}-items",
+        signals_topic=f"{name}-signals",
     )
     create_topics(streams, partitions=3, replication=1)
     monkeypatch.setenv("AFTERCLICK_STREAMS__BROKER", broker_address)

@@ -22,7 +22,14 @@ from afterclick.serving.records import (
     without_stamp,
 )
 from afterclick.serving.settings import ListRules, ServingSettings
-from afterclick.serving.store import Due, PopularityWrite, Standing, Store, UserWrite
+from afterclick.serving.store import (
+    Due,
+    PopularityWrite,
+    SignalsWrite,
+    Standing,
+    Store,
+    UserWrite,
+)
 from afterclick.streams.local_cluster import LocalCluster
 from afterclick.streams.replica import Replica
 
@@ -203,6 +210,38 @@ def test_a_renewal_goes_through_only_on_the_head_that_was_read(store: Store | Re
     for _ in range(2):  # the client may send it twice
         assert store.renew(0, encoded(head(1)), renewal) is None
     assert store.read(0, ["u1"]).records == [b"other"]
+
+
+@everywhere
+def test_moves_wait_from_their_write_until_the_topic_has_them(store: Store | Replica) -> None:
+    """A worker killed right after the write has published nothing: the next owner finds them, in
+    log order, whatever bytes they are.
+    """
+    first, second = SignalsWrite(4, b"\x00\xff one"), SignalsWrite(11, b"two")
+    assert store.waiting_signals(0, 10) == []
+    assert store.commit(0, b"", head(5), entry(0), [], [], first) is None
+    assert store.commit(0, b"", head(6, "z"), None, [], [], SignalsWrite(5, b"zombie")) is not None
+    assert store.commit(0, encoded(head(5)), head(9), None, [], []) is None, "visits move nothing"
+    for _ in range(2):  # the client may send it twice
+        assert store.commit(0, encoded(head(9)), head(12), None, [], [], second) is None
+    assert store.waiting_signals(0, 10) == [first, second]
+    assert store.waiting_signals(0, 1) == [first]
+    assert store.num_waiting_signals(0) == 2
+    store.published_signals(0, 4)
+    assert store.waiting_signals(0, 10) == [second]
+    store.published_signals(0, 11)
+    assert (store.waiting_signals(0, 10), store.num_waiting_signals(0)) == ([], 0)
+
+
+@on_both
+def test_a_rebuild_s_clearing_leaves_the_moves_that_wait(real: Store) -> None:
+    """They are of this log, and the rebuild publishes none of the clicks that it folds again."""
+    waiting = SignalsWrite(0, b"one")
+    users = [UserWrite("u1", b"x", LIST)]
+    assert real.commit(0, b"", head(1), entry(0), users, [], waiting) is None
+    assert real.clear(0, encoded(head(1)), inputs=True)
+    assert real.read(0, ["u1"]).records == [None]
+    assert real.waiting_signals(0, 10) == [waiting]
 
 
 @on_both

@@ -162,6 +162,7 @@ def deployment(
             broker=broker.address,
             clicks_topic=f"clicks-{name}",
             items_topic=f"items-{name}",
+            signals_topic=f"signals-{name}",
             group=f"group-{name}",
         )
         create_topics(streams, partitions=NUM_PARTITIONS, replication=1)

@@ -1,4 +1,5 @@
-"""Whether Redis holds the fold of the log: heads, inputs, records, lists, popularity, due marks.
+"""Whether Redis holds the fold of the log: heads, inputs, records, lists, popularity, due marks;
+and whether topic `signals` tells every click's move once.
 
 The log is folded again by production's `PartitionFold` over an in-memory store, under what the
 partition's inputs list names. A list or record may have been made anew under a later entry of
@@ -6,11 +7,12 @@ that list: then it must be what `renew` gives there.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from afterclick.serving.errors import ContractError
+from afterclick.serving.memory import Move
 from afterclick.serving.records import (
     Head,
     InputsEntry,
@@ -27,6 +29,7 @@ from afterclick.streams.partition import PartitionFold
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.replica import Replica
+from afterclick.streams.signals import Absorber, decode_parcel, decode_signal
 from tests.simulation.plan import PARTITIONS, Plan, offsets
 from tests.simulation.redis_double import Server, Value
 from tests.simulation.releases import Releases
@@ -34,10 +37,16 @@ from tests.simulation.worker import NAMESPACE
 
 
 def judge(
-    plan: Plan, server: Server, releases: Releases, letters: set[tuple[int, int]]
+    plan: Plan,
+    server: Server,
+    releases: Releases,
+    letters: set[tuple[int, int]],
+    signals: list[bytes],
 ) -> Iterator[str]:
     """Every difference, in words."""
     known: set[bytes] = set()
+    # With other rules an earlier history may have counted otherwise: the first one sent stands.
+    same_rules = all(change.kind != "rules" for change in plan.changes)
     for partition in range(PARTITIONS):
         log = [
             Record(offset, append.timestamp_ms, append.key, append.value)
@@ -48,11 +57,33 @@ def judge(
             for words in one.differences():
                 yield f"partition {partition}: {words}"
             known |= one.known
+            expected, found = one.moves(), absorbed(signals, partition)
+            if same_rules and found != expected:
+                yield f"partition {partition}: topic signals tells {found}, expected {expected}"
         for record in log:
             if _is_bad(record) and (partition, record.offset) not in letters:
                 yield f"partition {partition}: no dead letter for offset {record.offset}"
     for key in sorted(set(server.data) - known):
         yield f"a key that nobody should have written: {key.decode()}"
+
+
+class _Kept:
+    """A memory that keeps everything."""
+
+    def __init__(self) -> None:
+        self.moves: list[Move] = []
+
+    def absorb(self, moves: Sequence[Move]) -> None:
+        self.moves += moves
+
+
+def absorbed(signals: list[bytes], partition: int) -> list[Move]:
+    """What a reader of the topic counts of one partition."""
+    kept = _Kept()
+    absorber = Absorber(kept, namespace=NAMESPACE, known={}, offset=0)
+    own = [value for value in signals if decode_signal(value).partition == partition]
+    absorber.take(absorber.sift(Record(at, 0, None, value) for at, value in enumerate(own)))
+    return kept.moves
 
 
 class _Partition:
@@ -63,6 +94,7 @@ class _Partition:
         self._partition, self._log, self._data, self._releases = partition, log, data, releases
         self._serving = releases.serving(0, 0)
         self._prefix = f"{{{NAMESPACE}:{partition}}}:"
+        self._replica = Replica()
 
     def differences(self) -> Iterator[str]:
         stored = self._value("head")
@@ -79,11 +111,13 @@ class _Partition:
         yield from self._inputs(head, entries)
         if not entries:
             return
-        replica = self._replay(entries)
+        replica = self._replica = self._replay(entries)
         expected = msgspec.json.decode(replica.heads[self._partition], type=Head)
         for name in Head.__struct_fields__:
             if name not in ("topic_id", "batch") and getattr(head, name) != getattr(expected, name):
                 yield f"head: {name} is {getattr(head, name)}, expected {getattr(expected, name)}"
+        if waiting := self._value("signals"):
+            yield f"moves wait to be published: {waiting}"
         due = self._value("due")
         if due:
             yield f"lists are due: {sorted(due)}"
@@ -94,6 +128,11 @@ class _Partition:
         users = {record.key.decode() for record in self._log if record.key is not None}
         for user in sorted(users):
             yield from self._user(user, replica, entries)
+
+    def moves(self) -> list[Move]:
+        """What the offline fold counted."""
+        written = self._replica.signals.get(self._partition, [])
+        return [move for one in written for _, move in decode_parcel(one.packed).moves]
 
     def _inputs(self, head: Head, entries: list[InputsEntry]) -> Iterator[str]:
         places = [entry.offset for entry in entries]

@@ -41,6 +41,8 @@ class Broker:
         self.committed: dict[int, int] = {}
         self.away_until_s = 0.0
         self.starts = plan.log_starts
+        self.signals: list[bytes] = []
+        """Values of topic `signals`, in order."""
         self._logs = [
             [
                 Raw(append.at_s, offset, append.timestamp_ms, append.key, append.value)

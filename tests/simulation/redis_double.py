@@ -21,6 +21,7 @@ from tests.simulation.clock import Process, VirtualLoop
 
 Command = Sequence[Any]
 Value = bytes | list[bytes] | dict[bytes, bytes] | set[bytes]
+"""A sorted set is a dict of its members' scores."""
 
 JOURNAL_MAX = 64
 """Writes that a failover may take back."""
@@ -154,6 +155,25 @@ class Server:
         value = int(table.get(field, b"0")) + int(by)
         table[field] = b"%d" % value
         return value
+
+    def _zadd(self, key: bytes, score: bytes, member: bytes) -> int:
+        return self._hset(key, member, score)
+
+    def _zcard(self, key: bytes) -> int:
+        return len(self.data.get(key, ()))
+
+    def _zrange(self, key: bytes, first: bytes, last: bytes, *_: bytes) -> list[bytes]:
+        found: Any = self.data.get(key, {})
+        members = sorted(found, key=lambda member: (float(found[member]), member))
+        return [
+            part
+            for member in members[int(first) : int(last) + 1]
+            for part in (member, found[member])
+        ]
+
+    def _zremrangebyscore(self, key: bytes, _: bytes, last: bytes) -> int:
+        found: Any = self.data.get(key, {})
+        return self._hdel(key, *[m for m, score in found.items() if float(score) <= float(last)])
 
     def _table(self, key: bytes) -> dict[bytes, bytes]:
         """A hash to change in place; the old one stays whole for the journal and the replica."""

@@ -13,10 +13,12 @@ from afterclick.serving.store import Read, Store
 from afterclick.streams.assignment import HeldPartition
 from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.events import Click
+from afterclick.streams.outbox import Publisher
 from afterclick.streams.partition import PartitionFold
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import LogEdges
 from afterclick.streams.replica import Replica
+from afterclick.streams.signals import Absorber
 from tests.doubles import cut, log_of
 from tests.simulation.plan import RULES
 from tests.simulation.releases import Releases
@@ -102,6 +104,35 @@ def seeks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChunkConsumer, "seek_soon", seek_soon)
 
 
+def strikes_off_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sent(self: Any, origin: Any, batch: Any) -> Any:
+        self._store.published_signals(origin.partition, batch[-1].last)
+        return publish(self, origin, batch)
+
+    publish = Publisher._sent
+    monkeypatch.setattr(Publisher, "_sent", sent)
+
+
+def knows_its_own_moves_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    reload = PartitionFold._reload
+
+    def reloaded(self: Any) -> None:
+        reload(self)
+        self.has_signals = False
+
+    monkeypatch.setattr(PartitionFold, "_reload", reloaded)
+
+
+def counts_what_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sift = Absorber._sift
+
+    def sifted(self: Any, signal: Any, moves: Any) -> None:
+        self._next.clear()
+        sift(self, signal, moves)
+
+    monkeypatch.setattr(Absorber, "_sift", sifted)
+
+
 class Mutation(NamedTuple):
     """A rule taken out, and where the simulation must notice."""
 
@@ -132,6 +163,14 @@ MUTATIONS = {
     "idle look at the head": Mutation(never_looks),
     "backlog resumed": Mutation(never_resumes, first=200),
     "seeks between fetches": Mutation(seeks_at_once),
+    "moves in the commit": Mutation(
+        without_line(
+            "COMMIT", "if ARGV[8] ~= '' then redis.call('ZADD', KEYS[4], ARGV[7], ARGV[8]) end\n"
+        )
+    ),
+    "moves struck off when they are there": Mutation(strikes_off_first),
+    "a former owner's moves": Mutation(knows_its_own_moves_only),
+    "moves counted once": Mutation(counts_what_comes_twice),
 }
 
 

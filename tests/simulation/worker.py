@@ -21,6 +21,7 @@ from afterclick.streams.app import Worker
 from afterclick.streams.assignment import Shared
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
+from afterclick.streams.outbox import Message, Publisher
 from afterclick.streams.partition import Moved, PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, DeadLetter
@@ -124,7 +125,12 @@ class SimulatedWorker(Worker):
         self.runtime = SimulatedRuntime(around, rng, name)
         self.metrics = _metrics
         # Time between renewals is real time, so that only none at all is the same in every run.
-        self.streams = SimpleNamespace(renew_users_max=rng.choice((0, 2, 100)), renew_every_s=0.0)
+        self.streams = SimpleNamespace(
+            renew_users_max=rng.choice((0, 2, 100)),
+            renew_every_s=0.0,
+            signals_every_ms=rng.choice((20, 250, 1000)),
+        )
+        self._publisher = Publisher(self.store, NAMESPACE, self._publish, outbox_max=1000)
         self.held = {}
         self.broken: list[BaseException] = []
         self.crashing: Callable[[], None] = lambda: None
@@ -154,7 +160,13 @@ class SimulatedWorker(Worker):
             renewal=self._new_renewal,
             basis=self._basis,
         )
-        for work in (self._prepare(), self._fold_clicks(), self._commit(), self._simulated.drain()):
+        for work in (
+            self._prepare(),
+            self._fold_clicks(),
+            self._commit(),
+            self._simulated.drain(),
+            self.publish_signals(),
+        ):
             process.start(work)
 
     # What Faust does ----------------------------------------------------------------------------
@@ -263,6 +275,16 @@ class SimulatedWorker(Worker):
         )
         fold.rng = rng
         return fold
+
+    def _publish(self, message: Message) -> None:
+        """The broker has it before or after the answer is lost, or never hears of it."""
+        self.process.wait(self._latency_s())
+        if self.around.broker.away:
+            raise UnavailableError("simulated: the broker does not answer")
+        self.around.broker.signals.append(message.value)
+        self.process.wait(self._latency_s())
+        if self.around.broker.away:
+            raise UnavailableError("simulated: the broker's answer was lost")
 
     def _batches_of(self) -> Any:
         return (f"{self.name}-{n}" for n in self._batches)

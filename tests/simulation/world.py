@@ -101,7 +101,11 @@ class World:
         wrong += self.loop.problems
         if not wrong:
             wrong += judge(
-                self.plan, self.network.current, self.around.releases, self.around.letters
+                self.plan,
+                self.network.current,
+                self.around.releases,
+                self.around.letters,
+                self.broker.signals,
             )
         return Outcome(wrong, self.faults, self.trace)
 
@@ -161,7 +165,9 @@ class World:
             now_s > worker.process.frozen_until_s and worker.client.has_moved for worker in alive
         )
         # A slow look at the head may be under way, and find marks that a failover brought back.
-        over = over and not any(key.endswith(b":due") for key in self.network.current.data)
+        over = over and not any(
+            key.endswith((b":due", b":signals")) for key in self.network.current.data
+        )
         held = [one for worker in alive for one in worker.held.values()]
         done = [
             one.state == State.READY
