@@ -247,17 +247,22 @@ class TopList(msgspec.Struct, frozen=True, kw_only=True):
     """Log offset of the event this list answers."""
     event_ms: int
     """Event time of that event."""
+    signals: int = 0
+    """Records of the signals topic below this offset were known; left out where it is 0, as without
+    a memory.
+    """
     written_ms: int = 0
     """Wall clock of the worker when it wrote the list."""
 
 
 _WRITTEN = b',"written_ms":'
+_NO_SIGNALS = b',"signals":0'
 
 
 def encode_list(top: TopList) -> bytes:
     """JSON of a list without its `written_ms`, which only the store knows."""
     data = msgspec.json.encode(top)
-    return data[: data.rindex(_WRITTEN)] + b"}"
+    return data[: data.rindex(_WRITTEN)].removesuffix(_NO_SIGNALS) + b"}"
 
 
 def stamp_list(body: bytes, written_ms: int) -> bytes:

@@ -29,6 +29,7 @@ from faust.types import TP
 from afterclick.serving.engine import choose_provider
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.keys import partition_of
+from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import TopList, encode_list
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
@@ -43,7 +44,7 @@ from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.namespace import claim_namespace, grown_words, wait_for_redis
 from afterclick.streams.outbox import Publisher, SignalsProducer, keep_publishing
-from afterclick.streams.partition import PartitionFold
+from afterclick.streams.partition import PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.record import DeadLetter, LogEdges, record_crc
@@ -145,6 +146,11 @@ class Worker:
         await self._shared.prepared.wait()
         await self.runtime.follow_items()
 
+    async def follow_signals(self) -> None:
+        """Hear what was clicked, in all partitions."""
+        await self._shared.prepared.wait()
+        await self.runtime.signals.follow()
+
     async def publish_signals(self) -> None:
         """Tell everybody what was clicked in the partitions held here."""
         await self._shared.prepared.wait()
@@ -224,7 +230,13 @@ class Worker:
                 if held.state == State.READY
             }
             try:
-                await asyncio.to_thread(self._write_fallback, tops)
+                first, serving = Ranked([], []), self.runtime.serving()
+                if 0 in tops:
+                    want = self.serving.k + self.serving.margin
+                    async with self.runtime.gate.shared():
+                        serving = self.runtime.serving()
+                        first = await asyncio.to_thread(self.runtime.first_list, want)
+                await asyncio.to_thread(self._write_fallback, tops, first, serving)
             except (UnavailableError, ContractError) as error:
                 log.warning("fallback list: %s; trying again", error)
 
@@ -347,7 +359,7 @@ class Worker:
 
     def _basis(self) -> Basis:
         serving = self.runtime.serving()
-        return Basis(serving.publication, tuple(serving.catalog.offsets))
+        return Basis(serving.publication, tuple(serving.catalog.offsets), serving.signals)
 
     def _new_renewal(self) -> Renewal:
         return Renewal(
@@ -384,11 +396,40 @@ class Worker:
     def _most_popular(self, popularity: Popularity) -> list[tuple[str, int]]:
         return popularity.summary(SUMMARY_ITEMS, available=self.runtime.catalog.is_available)
 
-    def _write_fallback(self, tops: dict[int, dict[str, int]]) -> None:
+    def _write_fallback(
+        self, tops: dict[int, dict[str, int]], first: Ranked, serving: Serving
+    ) -> None:
+        """Summaries of our partitions, and the list.
+
+        Args:
+            tops: most popular items of our partitions.
+            first: what the release gives a newcomer.
+            serving: the release, and what it was asked with.
+        """
         for partition, scores in tops.items():
             self.store.write_summary(partition, scores)
         if 0 not in tops:
             return  # the worker that holds partition 0 writes the list
+        blended = serving.release is not None and serving.release.blend is not None
+        items, scores_f = first if blended else self._popular_first(first)
+        body = encode_list(
+            TopList(
+                items=items,
+                scores=scores_f,
+                source="model" if blended else "popularity",
+                release=serving.name,
+                publication=serving.publication,
+                items_offset=list(serving.catalog.offsets),
+                partition=-1,
+                offset=-1,
+                event_ms=0,
+                signals=serving.signals,
+            )
+        )
+        self.store.write_fallback(body)
+
+    def _popular_first(self, first: Ranked) -> Ranked:
+        """What is popular in all partitions; a young stream knows few items: `first` follows."""
         total: dict[str, int] = {}
         for scores in self.store.read_summaries(self.store.keys.partitions):
             for item, score in scores.items():
@@ -398,26 +439,8 @@ class Worker:
         ranked = sorted((-score, item) for item, score in total.items() if available(item))
         items = [item for _, item in ranked[:want]]
         scores_f = [float(-score) for score, _ in ranked[:want]]
-        # A young stream knows few items: what the release gives a newcomer follows them.
-        for item in self.runtime.first_list(want).items:
-            if len(items) < want and item not in total:
-                items.append(item)
-                scores_f.append(0.0)
-        loaded = self.runtime.loaded
-        body = encode_list(
-            TopList(
-                items=items,
-                scores=scores_f,
-                source="popularity",
-                release=loaded.publication.release if loaded else "",
-                publication=loaded.publication.number if loaded else 0,
-                items_offset=list(self.runtime.catalog.offsets),
-                partition=-1,
-                offset=-1,
-                event_ms=0,
-            )
-        )
-        self.store.write_fallback(body)
+        more = [item for item in first.items if item not in total][: max(0, want - len(items))]
+        return Ranked(items + more, scores_f + [0.0] * len(more))
 
     def _write_unavailable(self, change: UnavailableChange) -> None:
         self.store.write_unavailable(change.before, change.after, change.changes, change.whole)
@@ -493,6 +516,7 @@ def build_app(worker: Worker) -> faust.App:
         worker.renew_fallback,
         worker.watch_releases,
         worker.follow_items,
+        worker.follow_signals,
         worker.publish_signals,
     ):
         app.task(task)

@@ -66,6 +66,10 @@ class Inputs(NamedTuple):
     publication_items: tuple[int, ...]
     items: tuple[int, ...]
     rules: ListRules
+    signals: int = 0
+    """How much of the signals topic the release's memory holds: decides lists only, so each list
+    names it and the inputs list does not.
+    """
 
 
 class Counts(NamedTuple):
@@ -496,6 +500,7 @@ def _finish(
                 partition=partition,
                 offset=draft.offset,
                 event_ms=draft.event_ms,
+                signals=inputs.signals,
             )
         )
     return Folded(records, lists, added, counts, {}, [])

@@ -168,6 +168,18 @@ class Tail:
         found = guarded(self._settings, lambda: self._consumer.poll(POLL_MS))
         return [(tp.partition, record_of(r)) for tp, records in found.items() for r in records]
 
+    def behind(self) -> int:
+        """Offsets that the broker had, when it last answered, beyond what was polled."""
+        consumer = self._consumer
+        return sum(
+            max(
+                0,
+                (consumer.highwater(tp) or 0)
+                - guarded(self._settings, lambda tp=tp: consumer.position(tp)),
+            )
+            for tp in consumer.assignment()
+        )
+
     def close(self) -> None:
         """Close the connection."""
         self._consumer.close()

@@ -44,6 +44,8 @@ class Serving(NamedTuple):
     sha256: str
     release: Release | None
     catalog: Catalog
+    signals: int = 0
+    """Offset of the signals topic that the release's memory stands at."""
 
 
 class PartitionStore(Protocol):
@@ -501,7 +503,13 @@ class PartitionFold:
         came = serving.publication != head.publication
         publication_items = items if came else tuple(head.publication_items)
         inputs = Inputs(
-            serving.publication, serving.name, serving.sha256, publication_items, items, self._rules
+            serving.publication,
+            serving.name,
+            serving.sha256,
+            publication_items,
+            items,
+            self._rules,
+            serving.signals,
         )
         before = (head.publication, tuple(head.items), head.settings)
         if self._stored and before == (inputs.publication, items, self._digest):

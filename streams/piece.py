@@ -92,6 +92,7 @@ def answers(user: Standing, inputs: Inputs) -> tuple[int, int] | None:
     if user.list_data is None:
         return None
     top = decode_stored(user.list_data, TopList, "list")
-    if (top.publication, top.items_offset) == (inputs.publication, list(inputs.items)):
+    made_with = (top.publication, top.items_offset, top.signals)
+    if made_with == (inputs.publication, list(inputs.items), inputs.signals):
         return None
     return top.offset, top.event_ms

@@ -297,7 +297,12 @@ class _Partition:
                 yield UserWrite(user, answer.record, replica.lists[user])
         for place, answers in sorted(under.items()):
             for some in _batched(answers.items(), PIECE_RECORDS):
-                made = self._releases.make(self.entries[place], self.partition, dict(some))
+                made = self._releases.make(
+                    self.entries[place],
+                    self.partition,
+                    dict(some),
+                    signals=self._releases.signals_end(),
+                )
                 for user, one in made.items():
                     yield UserWrite(user, one.record, one.list_body)
 

@@ -22,6 +22,7 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.records import Head, InputsEntry, TopList, decode_record, encode_record
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
+from afterclick.streams.feed import absorber_of, catch_up
 from afterclick.streams.fold import Inputs, renew
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.partition import PartitionFold, Serving
@@ -30,6 +31,7 @@ from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.replica import Replica
 from afterclick.streams.runtime import read_items
 from afterclick.streams.settings import StreamsSettings
+from afterclick.streams.signals import Absorber
 
 PIECE_RECORDS = 16_384
 """Folded at once: fewer, larger calls of the step graph. At H 128 its tensors take some 100 MB."""
@@ -65,10 +67,16 @@ class Releases:
         # A connection of its own: items are read while clicks are being read.
         self._reader = JoinedLog(streams)
         self._items_topic = streams.items_topic
+        self._signals_topic = streams.signals_topic
+        self._namespace = settings.namespace
+        self._absorber: Absorber | None = None
+        self._signals_end = 0
         self._store = ReleaseStore(settings.releases, settings.releases_cache)
         self._key: tuple[int, str] | None = None
         self._loaded: LoadedRelease | None = None
         self._catalog = Catalog.empty()
+        self.whole = True
+        """Whether the signals topic still had all that the last `make` rests on."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -99,7 +107,12 @@ class Releases:
         return Serving(entry.publication, entry.release, entry.sha256, self._loaded, self._catalog)
 
     def make(
-        self, entry: InputsEntry, partition: int, answers: Mapping[str, Answer]
+        self,
+        entry: InputsEntry,
+        partition: int,
+        answers: Mapping[str, Answer],
+        *,
+        signals: int = 0,
     ) -> dict[str, Made]:
         """Users' lists, and their records, as they are under one entry.
 
@@ -107,8 +120,10 @@ class Releases:
             entry: of a publication: without a release, lists are made inside the fold only.
             partition: whose users these are.
             answers: per user, as of the event in question.
+            signals: how much of the signals topic the lists know, where the release has a memory;
+                cheap if it is not below that of the last call.
         """
-        serving = self.serving(entry)
+        serving = self._hearing(entry, signals)
         assert serving.release is not None
         made: dict[str, Made] = {}
         users = iter(answers.items())
@@ -119,15 +134,33 @@ class Releases:
                     for user, one in some.items()
                 },
                 partition=partition,
-                inputs=inputs_of(entry),
+                inputs=inputs_of(entry)._replace(signals=serving.signals),
                 release=serving.release,
             )
             for user, record in folded.records.items():
                 made[user] = Made(encode_record(record) if record else b"", folded.lists[user])
         return made
 
+    def signals_end(self, at_least: int = 0) -> int:
+        """End of the signals topic, as of the last look that found it short of `at_least`."""
+        if self._signals_end <= at_least:
+            self._signals_end = self._reader.edges(self._signals_topic, 0)[1]
+        return self._signals_end
+
+    def _hearing(self, entry: InputsEntry, signals: int) -> Serving:
+        """As `serving`, the release's memory at an offset of the signals topic."""
+        serving = self.serving(entry)
+        self.whole = True
+        if self._absorber is None:
+            return serving
+        if self._absorber.offset > signals:  # a memory cannot go back
+            self._key = None
+            serving = self.serving(entry)
+        self.whole = catch_up(self._reader, self._signals_topic, self._absorber, signals)
+        return serving._replace(signals=signals)
+
     def _load(self, entry: InputsEntry) -> None:
-        self._loaded, self._catalog = None, Catalog.empty()
+        self._loaded, self._catalog, self._absorber = None, Catalog.empty(), None
         if entry.publication == 0:
             return
         publication = Publication(
@@ -136,6 +169,7 @@ class Releases:
         self._loaded = LoadedRelease(publication, self._store.fetch(entry.release), self._settings)
         self._catalog = self._loaded.catalog
         self._catalog.offsets = list(self._loaded.manifest.items_offset)
+        self._absorber = absorber_of(self._loaded, self._namespace)
 
 
 class Refold:
@@ -163,7 +197,7 @@ class Refold:
         only: str | None = None,
     ) -> None:
         self.partition = partition
-        self.replica = Replica()
+        self.replica = Replica(signals_from=sys.maxsize)
         self.position = entries[0].offset
         self.last_seen_ms: dict[str, int] = {}
         self._entries = list(entries)

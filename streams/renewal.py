@@ -17,6 +17,7 @@ class Basis(NamedTuple):
 
     publication: int
     items: tuple[int, ...]
+    signals: int = 0
 
 
 class Renewal:
@@ -24,8 +25,8 @@ class Renewal:
 
     Args:
         users_max: users of one pass; 0 never renews.
-        every_s: least time between two passes when only the catalogue moved. A publication starts
-            one at once.
+        every_s: least time between two passes when only catalogue or signals moved. A publication
+            starts one at once.
         basis: what the lists found at the start rest on.
         now_s: any clock.
     """

@@ -2,12 +2,10 @@
 runs.
 
 A new publication is loaded beside the running one, verified, self-tested, warmed and given the
-items that came
-since it was trained; then one reference is swapped between two chunks. A release that fails its
-checks is
-refused by name and the old one stays. Items are applied between two chunks too, at most once a
-second, so
-that the inputs list can name the state of the catalogue that each chunk was folded with.
+items and signals that came since it was trained; then one reference is swapped between two chunks.
+A release that fails its checks is refused by name and the old one stays. Items are applied between
+two chunks too, at most once a second, so that the inputs list can name the state of the catalogue
+that each chunk was folded with.
 
 Knows no partition, Redis record or Faust.
 """
@@ -26,6 +24,7 @@ from afterclick.serving.ranking import Ranked
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item, decode_item
+from afterclick.streams.feed import SignalsFeed
 from afterclick.streams.fold import rank_states
 from afterclick.streams.gate import Gate
 from afterclick.streams.log import LogReader, Tail
@@ -33,6 +32,7 @@ from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import Serving
 from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings
+from afterclick.streams.signals import Absorber
 
 ITEMS_EVERY_S = 1.0
 """Least time between two changes of the catalogue; each one is an entry in every partition's
@@ -87,6 +87,7 @@ class Runtime:
         self.refused: dict[int, str] = {}
         """Publications that this worker won't serve, and why."""
         self.ready = False
+        self.signals = SignalsFeed(streams, serving.namespace, self.gate, metrics)
         self._settings = serving
         self._streams = streams
         self._metrics = metrics
@@ -103,11 +104,19 @@ class Runtime:
             return Serving(0, "", "", None, self.catalog)
         publication = loaded.publication
         return Serving(
-            publication.number, publication.release, publication.sha256, loaded, self.catalog
+            publication.number,
+            publication.release,
+            publication.sha256,
+            loaded,
+            self.catalog,
+            self.signals.offset,
         )
 
     def first_list(self, want: int) -> Ranked:
-        """What the release would give a user without a past; empty without a release."""
+        """What the release would give a user without a past; empty without a release.
+
+        The caller holds the gate: a memory must not move meanwhile.
+        """
         if self.loaded is None:
             return Ranked([], [])
         state_BS: F32 = self.loaded.engine.zero_state(1)
@@ -195,11 +204,12 @@ class Runtime:
             return
         self._journal = []
         try:
-            loaded = await asyncio.to_thread(self._load, publication)
+            loaded, absorber = await asyncio.to_thread(self._load, publication)
             async with self.gate.alone():
                 self._take(loaded.catalog, self._journal)
                 loaded.refresh()
                 self.loaded, self.catalog = loaded, loaded.catalog
+                self.signals.put_in_force(absorber)
         except (ContractError, ConfigError) as error:
             if isinstance(error, ConfigError) and not self.ready:
                 raise
@@ -212,13 +222,13 @@ class Runtime:
         await asyncio.to_thread(self._tell_unavailable, -2, [])
         log.info("publication %d in force: release %s", publication.number, publication.release)
 
-    def _load(self, publication: Publication) -> LoadedRelease:
+    def _load(self, publication: Publication) -> tuple[LoadedRelease, Absorber | None]:
         folder = self._store.fetch(publication.release)
         loaded = LoadedRelease(publication, folder, self._settings)
         loaded.catalog.offsets = list(loaded.manifest.items_offset)
         end = list(self.catalog.offsets) if self.ready else self._item_edges()
         self._catch_up(loaded.catalog, end)
-        return loaded
+        return loaded, self.signals.prepared(loaded, self._log)
 
     def _item_edges(self) -> list[int]:
         topic = self._streams.items_topic

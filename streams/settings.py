@@ -106,12 +106,14 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     renew_users_max: Annotated[int, Meta(ge=0)] = 1000
-    """Recently active users per partition whose lists are made anew when the release or the
-    catalogue has moved; 0 leaves lists until their users' next click.
+    """Recently active users per partition whose lists are made anew when release, catalogue or
+    signals have moved; 0 leaves lists until their users' next click.
     """
 
     renew_every_s: Annotated[float, Meta(gt=0)] = 60.0
-    """Least time between two such renewals when only the catalogue moved."""
+    """Least time between two such renewals when only catalogue or signals moved: signals always do
+    while anybody clicks.
+    """
 
     port: Annotated[int, Meta(ge=0, le=65535)] = 6066
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""

@@ -108,7 +108,7 @@ class Sifted(NamedTuple):
 
     moves: list[Move]
     offset: int
-    """After the last of the records."""
+    """After the last record that was looked at."""
 
 
 class Absorber:
@@ -137,14 +137,22 @@ class Absorber:
         self._known = {int(partition): at for partition, at in known.items()}
         self._next: dict[Origin, int] = {}
 
-    def sift(self, records: Iterable[Record]) -> Sifted:
-        """Records in the topic's order, each once; what comes out is to be taken before the next.
+    def sift(self, records: Iterable[Record], moves_max: int | None = None) -> Sifted:
+        """Records in the topic's order; what comes out is to be taken before the next are sifted.
 
         A record that is not ours to read counts as passed over, for everybody alike.
+
+        Args:
+            records: those below `offset` are left out.
+            moves_max: enough of them; the rest of the records is left for the next call.
         """
         moves: list[Move] = []
         offset = self.offset
         for record in records:
+            if record.offset < offset:
+                continue
+            if moves_max is not None and len(moves) >= moves_max:
+                break
             offset = record.offset + 1
             try:
                 signal = decode_signal(record.value)
@@ -158,7 +166,7 @@ class Absorber:
         """Absorb; nobody may be reading the memory meanwhile."""
         if sifted.moves:
             self._memory.absorb(sifted.moves)
-        self.offset = max(self.offset, sifted.offset)
+        self.offset = sifted.offset
 
     def _sift(self, signal: Signal, moves: list[Move]) -> None:
         origin = Origin(signal.epoch, signal.topic_id, signal.partition)

@@ -75,11 +75,17 @@ class Stage:
         return open_store(self.serving, check_topics(self.streams))
 
     def publish(
-        self, release: str, *, seed: int, num_items: int = 300, encoder: bool = False
+        self,
+        release: str,
+        *,
+        seed: int,
+        num_items: int = 300,
+        encoder: bool = False,
+        blend: bool = False,
     ) -> Publication:
         """A tiny release, put in force."""
         folder = self.releases.staging(release)
-        write_tiny_release(folder, num_items=num_items, seed=seed, encoder=encoder)
+        write_tiny_release(folder, num_items=num_items, seed=seed, encoder=encoder, blend=blend)
         self.releases.add(folder)
         return self.releases.publish(release)
 

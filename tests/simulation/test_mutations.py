@@ -151,7 +151,7 @@ MUTATIONS = {
     "one read": Mutation(reads_apart, kinds=("late", "failover")),
     "renewal's compare-and-set": Mutation(
         without_line("RENEW", "if head ~= ARGV[1] then return head end\n"),
-        first=200,
+        first=400,
         kinds=("zombie", "slow", "failover"),
     ),
     "due marks removed by a commit": Mutation(
