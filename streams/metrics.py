@@ -59,7 +59,8 @@ class Metrics:
             "put_off_lists_total", "Users written without a list: it is due, made when clicks rest."
         )
         self.renewed_lists = counter(
-            "renewed_lists_total", "Lists made later: put off, or renewed for another release."
+            "renewed_lists_total",
+            "Lists made later: put off, or renewed for another release or newer signals.",
         )
         self.chunks = counter("chunks_total", "Writes that went through, one script each.")
         self.mismatches = counter(
