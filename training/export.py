@@ -188,6 +188,7 @@ def write_release(
     history: int,
     snapshot: Snapshot,
     items_offset: Sequence[int] = (),
+    signals_offset: int = 0,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     seed: int = 0,
 ) -> Manifest:
@@ -224,6 +225,7 @@ def write_release(
         history=history,
         snapshot=snapshot,
         items_offset=list(items_offset),
+        signals_offset=signals_offset,
         metrics={name: dict(values) for name, values in (metrics or {}).items()},
         encoder=None if tables.encoder is None else tables.encoder.spec,
         files={},

@@ -353,6 +353,7 @@ def _export(
             history=settings.history,
             snapshot=source.snapshot,
             items_offset=source.items_offset,
+            signals_offset=source.signals_offset,
             metrics={**metrics, **{f"test/{name}": found for name, found in tested.items()}},
             seed=settings.seed,
         )

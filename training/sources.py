@@ -35,6 +35,8 @@ class Source(NamedTuple):
     """Next offset per partition of the items topic; empty for files."""
     num_bad: int = 0
     """Records of the topics that are neither click nor item."""
+    signals_offset: int = 0
+    """The signals topic tells nothing new to a memory of this snapshot below this offset."""
 
 
 def read_files(
@@ -111,6 +113,9 @@ def read_topic(settings: StreamsSettings) -> Source:
 
     reader = JoinedLog(settings)
     try:
+        # Before the clicks' ends: what is told by now is of clicks that will be read.
+        told = reader.num_partitions(settings.signals_topic)
+        signals_offset = reader.edges(settings.signals_topic, 0)[1] if told else 0
         clicks = _decoded(reader, settings, settings.clicks_topic, _click)
         items = _decoded(reader, settings, settings.items_topic, _item)
     finally:
@@ -131,6 +136,7 @@ def read_topic(settings: StreamsSettings) -> Source:
         _snapshot(f"kafka:{settings.clicks_topic}", columns, offsets),
         items.ends,
         clicks.num_bad + items.num_bad,
+        signals_offset,
     )
 
 

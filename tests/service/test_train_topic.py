@@ -32,6 +32,7 @@ def fill(topics: StreamsSettings) -> int:
         producer.send(topics.clicks_topic, key=key, value=value)
     producer.send(topics.clicks_topic, key=b"u1", value=b"no JSON")
     producer.send(topics.items_topic, key=b"x", value=b"{}")
+    producer.send(topics.signals_topic, key=b"0", value=b"what was told before the training")
     for item in (Item(item_id="i001", title="一"), Item(item_id="new", title="新")):
         key, value = encode(item)
         producer.send(topics.items_topic, key=key, value=value)
@@ -51,6 +52,7 @@ def test_a_topic_becomes_a_release_that_names_its_offsets(
     monkeypatch.setenv("AFTERCLICK_STREAMS__BROKER", topics.broker)
     monkeypatch.setenv("AFTERCLICK_STREAMS__CLICKS_TOPIC", topics.clicks_topic)
     monkeypatch.setenv("AFTERCLICK_STREAMS__ITEMS_TOPIC", topics.items_topic)
+    monkeypatch.setenv("AFTERCLICK_STREAMS__SIGNALS_TOPIC", topics.signals_topic)
     monkeypatch.setenv("AFTERCLICK_SERVING__RELEASES", str(tmp_path))
 
     code = train(
@@ -66,7 +68,7 @@ def test_a_topic_becomes_a_release_that_names_its_offsets(
     assert (result["num_events"], result["num_duplicates"], result["num_bad"]) == (sent, 1, 2)
     assert manifest["snapshot"]["source"] == f"kafka:{topics.clicks_topic}"
     assert sum(manifest["snapshot"]["offsets"].values()) == sent + 4
-    assert manifest["items_offset"] == [3]
+    assert (manifest["items_offset"], manifest["signals_offset"]) == ([3], 1)
     rows = json.loads((tmp_path / result["release"] / "items.json").read_text())["items"]
     titles = {row["item_id"]: row.get("title", "") for row in rows}
     assert (titles["i001"], titles["new"]) == ("一", "新")
