@@ -17,3 +17,9 @@ def exported_releases(tmp_path_factory: pytest.TempPathFactory) -> Releases:
     from tests.simulation.exported import write_exported_release
 
     return Releases(tmp_path_factory.mktemp("exported"), write_exported_release)
+
+
+@pytest.fixture(scope="session")
+def blend_releases(tmp_path_factory: pytest.TempPathFactory) -> Releases:
+    """With a memory that moves."""
+    return Releases(tmp_path_factory.mktemp("blend"), blend=True)

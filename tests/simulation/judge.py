@@ -53,7 +53,7 @@ def judge(
             for offset, append in offsets(plan, partition)
         ]
         if log:
-            one = _Partition(partition, log, server.data, releases)
+            one = _Partition(partition, log, server.data, releases, signals)
             for words in one.differences():
                 yield f"partition {partition}: {words}"
             known |= one.known
@@ -88,10 +88,16 @@ def absorbed(signals: list[bytes], partition: int) -> list[Move]:
 
 class _Partition:
     def __init__(
-        self, partition: int, log: list[Record], data: dict[bytes, Value], releases: Releases
+        self,
+        partition: int,
+        log: list[Record],
+        data: dict[bytes, Value],
+        releases: Releases,
+        signals: list[bytes],
     ) -> None:
         self.known: set[bytes] = set()
         self._partition, self._log, self._data, self._releases = partition, log, data, releases
+        self._signals = signals
         self._serving = releases.serving(0, 0)
         self._prefix = f"{{{NAMESPACE}:{partition}}}:"
         self._replica = Replica()
@@ -228,15 +234,27 @@ class _Partition:
             return False
         in_force = sum(entry.offset <= found.offset for entry in entries) - 1
         return any(
-            top == self._renewed(user, record, found.offset, found.event_ms, entry).lists[user]
+            top
+            == self._renewed(
+                user, record, found.offset, found.event_ms, entry, signals=found.signals
+            ).lists[user]
             for entry in entries[in_force:]
             if entry.publication and entry.publication == found.publication
         )
 
     def _renewed(
-        self, user: str, record: UserRecord | None, offset: int, event_ms: int, entry: InputsEntry
+        self,
+        user: str,
+        record: UserRecord | None,
+        offset: int,
+        event_ms: int,
+        entry: InputsEntry,
+        *,
+        signals: int = 0,
     ):
-        serving = self._releases.of_entry(entry)
+        serving, _ = self._releases.hearing(
+            self._releases.of_entry(entry), NAMESPACE, self._signals, signals
+        )
         assert serving.release is not None
         inputs = Inputs(
             entry.publication,
@@ -245,6 +263,7 @@ class _Partition:
             tuple(entry.publication_items),
             tuple(entry.items),
             entry.rules,
+            serving.signals,
         )
         return renew(
             {user: (record, offset, event_ms)},

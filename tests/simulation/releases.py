@@ -1,16 +1,27 @@
-"""Releases and catalogues as of every items offset, loaded once in a process: they never change."""
+"""Releases and catalogues as of every items offset, loaded once in a process: they never change.
 
-from collections.abc import Callable
+Memories do: whoever serves a release with a blend has one of its own (`Hearing`).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import Engine, Scanner
 from afterclick.serving.manifest import Publication
+from afterclick.serving.memory import Memory
 from afterclick.serving.records import InputsEntry
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
+from afterclick.streams.feed import absorber_of, catch_up
 from afterclick.streams.partition import Serving
+from afterclick.streams.record import Record
+from afterclick.streams.signals import Absorber
 from tests.simulation.plan import NUM_ITEMS
 from tests.tiny_release import digest_of, write_tiny_release
 
@@ -28,6 +39,42 @@ NAMES = ("", "r1", "r2", "r1", "r3")
 """Release of every publication; the third rolls back."""
 
 
+class Hearing(NamedTuple):
+    """A release with a memory of its own, as `LoadedRelease` is to the fold."""
+
+    engine: Engine
+    catalog: Catalog
+    scanner: Scanner
+    blend: Blend | None
+    memory: Memory | None
+
+    @classmethod
+    def of(cls, loaded: LoadedRelease) -> "Hearing":
+        """The release, its memory as it came."""
+        blend = copy.copy(loaded.blend)
+        if blend is not None:
+            blend._kept = (), None  # of the memory that it was asked with
+        memory = None
+        if loaded.memory is not None:
+            memory = Memory(loaded.memory.ids)
+            memory._restore({name: array.copy() for name, array in loaded.memory.dump().items()})
+        return cls(loaded.engine, loaded.catalog, loaded.scanner, blend, memory)
+
+
+class SignalsTopic:
+    """Topic `signals` as its values so far, for `catch_up`."""
+
+    def __init__(self, values: list[bytes]) -> None:
+        self.values = values
+
+    def edges(self, topic: str, partition: int) -> tuple[int, int]:
+        return 0, len(self.values)
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
+        found = self.values[start:stop]
+        yield [Record(start + at, 0, b"", value) for at, value in enumerate(found)]
+
+
 class _Names(NamedTuple):
     release: str
     sha256: str
@@ -39,9 +86,16 @@ class Releases:
     Args:
         folder: where releases are written.
         write: writes one: folder, seed.
+        blend: whether the tiny ones written without `write` have one.
     """
 
-    def __init__(self, folder: Path, write: Callable[[Path, int], object] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        write: Callable[[Path, int], object] | None = None,
+        *,
+        blend: bool = False,
+    ) -> None:
         self._folder = folder
         self._made: dict[tuple[int, int], Serving] = {}
         for seed, name in enumerate(sorted(set(NAMES) - {""})):
@@ -49,7 +103,12 @@ class Releases:
                 write(folder / name, seed)
             else:
                 write_tiny_release(
-                    folder / name, num_items=NUM_ITEMS, units=4, seed=seed, categories=4
+                    folder / name,
+                    num_items=NUM_ITEMS,
+                    units=4,
+                    seed=seed,
+                    categories=4,
+                    blend=blend,
                 )
 
     def serving(self, publication: int, items: int) -> Serving:
@@ -58,6 +117,20 @@ class Releases:
         if key not in self._made:
             self._made[key] = self._load(publication, items)
         return self._made[key]
+
+    def hearing(
+        self, serving: Serving, namespace: str, signals: list[bytes], end: int
+    ) -> tuple[Serving, Absorber | None]:
+        """A release whose memory knows the topic up to an offset, and nobody else's hands on it."""
+        loaded: Any = serving.release
+        if loaded is None or loaded.memory is None:
+            return serving, None
+        own = Hearing.of(loaded)
+        view: Any = SimpleNamespace(manifest=loaded.manifest, memory=own.memory)
+        absorber = absorber_of(view, namespace)
+        assert absorber is not None
+        catch_up(SignalsTopic(signals), "", absorber, end)
+        return serving._replace(release=own, signals=absorber.offset), absorber
 
     def of_entry(self, entry: InputsEntry) -> Serving:
         """What an inputs entry names."""

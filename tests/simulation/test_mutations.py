@@ -13,6 +13,7 @@ from afterclick.serving.store import Read, Store
 from afterclick.streams.assignment import HeldPartition
 from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.events import Click
+from afterclick.streams.feed import SignalsFeed
 from afterclick.streams.outbox import Publisher
 from afterclick.streams.partition import PartitionFold
 from afterclick.streams.piece import Limits
@@ -133,6 +134,13 @@ def counts_what_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Absorber, "_sift", sifted)
 
 
+def hears_within_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def absorb(self: Any, absorber: Any, records: Any) -> None:
+        absorber.take(absorber.sift(records))
+
+    monkeypatch.setattr(SignalsFeed, "absorb", absorb)
+
+
 class Mutation(NamedTuple):
     """A rule taken out, and where the simulation must notice."""
 
@@ -142,6 +150,8 @@ class Mutation(NamedTuple):
     """It must fail within so many from the first on."""
     kinds: tuple[str, ...] = ()
     """Faults that the rule is there for, where all kinds together would need thousands of seeds."""
+    blend: bool = False
+    """Only lists of a release with a memory show it."""
 
 
 MUTATIONS = {
@@ -171,17 +181,22 @@ MUTATIONS = {
     "moves struck off when they are there": Mutation(strikes_off_first),
     "a former owner's moves": Mutation(knows_its_own_moves_only),
     "moves counted once": Mutation(counts_what_comes_twice),
+    "signals between chunks": Mutation(hears_within_chunks, blend=True),
 }
 
 
 @pytest.mark.parametrize("rule", MUTATIONS)
 def test_a_rule_taken_out_is_found(
-    rule: str, tiny_releases: Releases, monkeypatch: pytest.MonkeyPatch
+    rule: str,
+    tiny_releases: Releases,
+    blend_releases: Releases,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A simulation that passes without a rule does not test it."""
-    patch, first, seeds, kinds = MUTATIONS[rule]
+    patch, first, seeds, kinds, blend = MUTATIONS[rule]
     patch(monkeypatch)
-    tally = run_seeds(first, seeds, tiny_releases, stop_at=1, kinds=kinds)
+    releases = blend_releases if blend else tiny_releases
+    tally = run_seeds(first, seeds, releases, stop_at=1, kinds=kinds)
     assert tally.wrong, f"{tally.seeds} seeds without {rule}"
 
 

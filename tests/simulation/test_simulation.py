@@ -15,6 +15,7 @@ from tests.simulation.test_mutations import MUTATIONS
 from tests.simulation.world import simulate
 
 SEEDS = 250
+BLEND_SEEDS = 40
 
 
 def test_every_record_and_list_is_the_fold_of_the_log(exported_releases: Releases) -> None:
@@ -22,6 +23,12 @@ def test_every_record_and_list_is_the_fold_of_the_log(exported_releases: Release
     tally = run_seeds(1, SEEDS, exported_releases)
     assert tally.seeds == SEEDS
     assert not tally.wrong, report(min(tally.wrong), exported_releases)
+
+
+def test_every_list_of_a_blend_is_what_its_signals_offset_says(blend_releases: Releases) -> None:
+    """Each worker hears the others in its own time; what a list rests on, it names."""
+    tally = run_seeds(1, BLEND_SEEDS, blend_releases)
+    assert not tally.wrong, report(min(tally.wrong), blend_releases)
 
 
 def test_every_kind_of_fault_strikes() -> None:

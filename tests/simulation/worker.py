@@ -19,12 +19,13 @@ from afterclick.serving.keys import Keys
 from afterclick.serving.store import Store
 from afterclick.streams.app import Worker
 from afterclick.streams.assignment import Shared
+from afterclick.streams.feed import SignalsFeed
 from afterclick.streams.gate import Gate
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.outbox import Message, Publisher
 from afterclick.streams.partition import Moved, PartitionFold, Serving
 from afterclick.streams.piece import Limits
-from afterclick.streams.record import Chunk, DeadLetter
+from afterclick.streams.record import Chunk, DeadLetter, Record
 from tests.simulation.clock import Process, VirtualLoop
 from tests.simulation.kafka_double import TOPIC, Broker, BrokerClient, SimulatedConsumer
 from tests.simulation.plan import PARTITIONS, RULES, START_MS
@@ -66,16 +67,44 @@ class SimulatedRuntime:
         self.publication = 0
         self.items = 0
         self._around, self._rng, self._name = around, rng, name
+        self.signals = SignalsFeed(None, NAMESPACE, self.gate, _metrics)  # type: ignore[arg-type]
+        self._own: Any = None
+        """The release with a memory of this worker's, where it has one."""
 
     def serving(self) -> Serving:
         """What is in force."""
-        return self._around.releases.serving(self.publication, self.items)
+        serving = self._around.releases.serving(self.publication, self.items)
+        if self._own is None:
+            return serving
+        loaded = serving.release
+        own = self._own._replace(catalog=loaded.catalog, scanner=loaded.scanner)
+        return serving._replace(release=own, signals=self.signals.offset)
+
+    def _hear(self) -> None:
+        """Take the memory of the release in force, caught up."""
+        around = self._around
+        serving = around.releases.serving(self.publication, self.items)
+        told = around.broker.signals
+        heard, absorber = around.releases.hearing(serving, NAMESPACE, told, len(told))
+        self._own = heard.release if absorber else None
+        self.signals.put_in_force(absorber)
+
+    async def follow_signals(self) -> None:
+        """Hear what is told, for ever, each worker in its own time."""
+        while True:
+            await asyncio.sleep(self._rng.choice((0.02, 0.2, 1.0)))
+            absorber, told = self.signals._absorber, self._around.broker.signals
+            if absorber is not None and absorber.offset < len(told):
+                upto = self._rng.randint(absorber.offset + 1, len(told))
+                records = [Record(at, 0, b"", told[at]) for at in range(absorber.offset, upto)]
+                await self.signals.absorb(absorber, records)
 
     async def start(self) -> None:
         """Load what is published, read all items."""
         self.publication, items = self._around.published, self._around.items
         await asyncio.sleep(self._rng.uniform(0.01, 0.3))
         self.items = items
+        self._hear()
 
     async def watch(self) -> None:
         """Follow publications and items for ever."""
@@ -87,6 +116,7 @@ class SimulatedRuntime:
                 await asyncio.sleep(self._rng.uniform(0.0, 0.3))  # loads beside the running one
                 async with self.gate.alone():
                     self.publication, self.items = number, max(self.items, around.items)
+                    self._hear()
                 around.note("{}: serves publication {}, items {}", self._name, number, self.items)
             elif around.items > self.items:
                 number = self._rng.randint(self.items + 1, around.items)
@@ -247,7 +277,7 @@ class SimulatedWorker(Worker):
     async def _prepare(self) -> None:
         await self.runtime.start()
         self._shared.prepared.set()
-        await self.runtime.watch()
+        await asyncio.gather(self.runtime.watch(), self.runtime.follow_signals())
 
     def _new_fold(self, partition: int) -> PartitionFold:
         def send(letters: list[DeadLetter]) -> None:
