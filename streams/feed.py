@@ -6,22 +6,33 @@ caught up before. Knows what a message means (signals.py), not what a memory doe
 """
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from afterclick.serving.errors import UnavailableError
+from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.releases import LoadedRelease
 from afterclick.streams.gate import Gate
 from afterclick.streams.log import Tail
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.record import Record
 from afterclick.streams.settings import StreamsSettings
-from afterclick.streams.signals import Absorber
+from afterclick.streams.signals import (
+    Absorber,
+    Origin,
+    decode_parcel,
+    decode_signal,
+    origin_of,
+)
 
 MOVES_MAX = 1000
 """Moves absorbed while chunks wait: some milliseconds."""
+
+LOOK_BACK = 1000
+"""Records looked at first: minutes of a busy topic."""
 
 RETRY_S = 1.0
 """Pause while Kafka is away, and between two looks for a release that has a memory."""
@@ -63,6 +74,26 @@ def catch_up(reader: SignalsLog, topic: str, absorber: Absorber, end: int | None
     for records in reader.read(topic, 0, max(start, absorber.offset), end):
         absorber.take(absorber.sift(records))
     return whole
+
+
+def told_up_to(reader: SignalsLog, topic: str, namespace: str, origin: Origin) -> int:
+    """Clicks of a partition below this offset are in the topic, or were given up; 0 if it has none.
+
+    Looks back from the topic's end as far as it must. What comes out may be too low, after a
+    message that was sent late: to tell again from there does no harm.
+    """
+    start, end = reader.edges(topic, 0)
+    back, told = LOOK_BACK, 0
+    while not told and start < end:
+        begin = max(start, end - back)
+        for record in itertools.chain.from_iterable(reader.read(topic, 0, begin, end)):
+            with contextlib.suppress(ContractError):
+                signal = decode_signal(record.value)
+                if signal.namespace == namespace and origin_of(signal) == origin:
+                    ends = [decode_parcel(bytes(raw)).end for raw in signal.parcels]
+                    told = max([told, *ends])
+        back, end = 8 * back, begin
+    return told
 
 
 class SignalsFeed:

@@ -32,7 +32,9 @@ from afterclick.streams.beginnings import (
 )
 from afterclick.streams.log import LogReader
 from afterclick.streams.namespace import new_store
+from afterclick.streams.outbox import Publisher, SignalsProducer
 from afterclick.streams.settings import StreamsSettings, streams_settings
+from afterclick.streams.signals import Origin
 
 BASE_KEPT_S = 7 * 86400
 """How long the old epoch's records stay, for `verify`: a forgotten user's among them, so not long.
@@ -177,6 +179,7 @@ class _Migration:
             raise UnavailableError(f"nobody was moved: {_unfolded_words(report.unfolded)}")
         left = [self._held(partition) for partition in range(len(left))]
         self._on_step("the old epoch is held")
+        self._tell(left)
         if not any(self._new.read(p, []).head for p in range(report.partitions)):
             # Heads come when all users are there: where one stands, an earlier run was through.
             report.users = self._carry(left)
@@ -245,6 +248,23 @@ class _Migration:
             if self._old.commit(partition, stored, held, None, [], []) is None:
                 return Left(msgspec.json.encode(held), held)
         raise UnavailableError(f"partition {partition}: its head moves all the time; try again")
+
+    def _tell(self, left: Sequence[Left]) -> None:
+        """Publish moves that wait under the old epoch's keys, which no worker will look at."""
+        producer, epoch = SignalsProducer(self._streams), self._meta.epoch
+        publisher = Publisher(self._old, self._old.keys.namespace, producer.send, outbox_max=1)
+        origins = [
+            Origin(epoch, one.head.topic_id, partition)
+            for partition, one in enumerate(left)
+            if one.head
+        ]
+        try:
+            while publisher.publish(origins).left:
+                pass
+        except UnavailableError as error:
+            self._on_step(f"moves that waited are given up: {error}")  # lists know a little less
+        finally:
+            producer.close()
 
     def _carry(self, left: Sequence[Left]) -> int:
         users: set[str] = set()

@@ -29,14 +29,16 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.records import Head, InputsEntry
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ListRules, ServingSettings, serving_settings
-from afterclick.serving.store import PopularityWrite, Store, UserWrite
+from afterclick.serving.store import PopularityWrite, SignalsWrite, Store, UserWrite
 from afterclick.streams.admin import TopicsInfo, check_topics
+from afterclick.streams.feed import told_up_to
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.local import afterclick_argv
 from afterclick.streams.namespace import claim_namespace, open_store
 from afterclick.streams.popularity import BUCKET_MS
 from afterclick.streams.refold import PIECE_RECORDS, Answer, Refold, Releases, in_force
 from afterclick.streams.settings import StreamsSettings, streams_settings
+from afterclick.streams.signals import Origin, pieces_of
 
 WRITE_USERS = 256
 """Users a script: longer ones block Redis."""
@@ -237,6 +239,7 @@ class _Partition:
             self._reader,
             topic,
             topic_id=self._topics.clicks_id,
+            signals_from=self._told(),
         )
         refold.run_to(end, self.entries)
         return refold, why
@@ -274,6 +277,9 @@ class _Partition:
             self._move(self._held.head, users=users)
         for hour in self._hours(refold):
             self._move(self._held.head, hours=[hour])
+        for written in refold.replica.signals.get(self.partition, []):
+            for piece in pieces_of(written.packed, WRITE_ITEMS):
+                self._move(self._held.head, signals=SignalsWrite(*piece))
         head = msgspec.structs.replace(refold.head, topic_id=self._topics.clicks_id)
         if not refold.replica.heads:  # not one record
             head = msgspec.structs.replace(head, next=self.entries[0].offset)
@@ -306,6 +312,12 @@ class _Partition:
                 for user, one in made.items():
                     yield UserWrite(user, one.record, one.list_body)
 
+    def _told(self) -> int:
+        """Where clicks begin that no worker has told the others."""
+        origin = Origin(self._store.keys.epoch, self._topics.clicks_id, self.partition)
+        topic = self._streams.signals_topic
+        return told_up_to(self._reader, topic, self._serving.namespace, origin)
+
     def _hours(self, refold: Refold) -> Iterator[PopularityWrite]:
         """Popularity as far back as Redis would still have it."""
         since_ms = refold.head.watermark_ms - 1000 * self._store.popularity_ttl_s
@@ -321,10 +333,13 @@ class _Partition:
         entry: InputsEntry | None = None,
         users: Sequence[UserWrite] = (),
         hours: Sequence[PopularityWrite] = (),
+        signals: SignalsWrite | None = None,
     ) -> None:
         """One write, from our head to the next one."""
         head = msgspec.structs.replace(head, batch=next(self._batches))
-        stands = self._store.commit(self.partition, self._held.stored, head, entry, users, hours)
+        stands = self._store.commit(
+            self.partition, self._held.stored, head, entry, users, hours, signals
+        )
         if stands is not None:
             raise self._overtaken()
         self._held = _Held(head, msgspec.json.encode(head))

@@ -183,6 +183,7 @@ class Refold:
         topic: of clicks.
         topic_id: Kafka's id of it, for the head.
         only: fold this user's records alone; the head's counters mean nothing then.
+        signals_from: keep the moves of clicks from this offset on; of none unless given.
     """
 
     def __init__(
@@ -195,9 +196,10 @@ class Refold:
         *,
         topic_id: str = "",
         only: str | None = None,
+        signals_from: int = sys.maxsize,
     ) -> None:
         self.partition = partition
-        self.replica = Replica(signals_from=sys.maxsize)
+        self.replica = Replica(signals_from)
         self.position = entries[0].offset
         self.last_seen_ms: dict[str, int] = {}
         self._entries = list(entries)

@@ -11,6 +11,7 @@ Pure: knows neither Kafka nor Redis.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -75,6 +76,18 @@ def decode_parcel(data: bytes) -> Parcel:
         raise ContractError(f"signals: parcel: {error}", reason="signal") from error
 
 
+def pieces_of(packed: bytes, moves_max: int) -> list[tuple[int, bytes]]:
+    """A parcel cut into smaller ones: offset of each one's last move, and its bytes."""
+    parcel = decode_parcel(packed)
+    cuts = range(0, len(parcel.moves), moves_max)
+    parts = [parcel.moves[at : at + moves_max] for at in cuts]
+    borders = [parcel.begin, *(part[0][0] for part in parts[1:]), parcel.end]
+    return [
+        (part[-1][0], encode_parcel(begin, end, part))
+        for (begin, end), part in zip(pairwise(borders), parts, strict=True)
+    ]
+
+
 def encode_signal(namespace: str, origin: Origin, parcels: Iterable[bytes]) -> bytes:
     """A record's value from entries of one outbox, in their order."""
     return _encoder.encode(
@@ -101,6 +114,11 @@ def decode_signal(value: bytes | None) -> Signal:
     if signal.v != 1:
         raise ContractError(f"signals: version {signal.v}, this worker reads 1", reason="signal")
     return signal
+
+
+def origin_of(signal: Signal) -> Origin:
+    """Whose offsets its moves have."""
+    return Origin(signal.epoch, signal.topic_id, signal.partition)
 
 
 class Sifted(NamedTuple):
@@ -169,7 +187,7 @@ class Absorber:
         self.offset = sifted.offset
 
     def _sift(self, signal: Signal, moves: list[Move]) -> None:
-        origin = Origin(signal.epoch, signal.topic_id, signal.partition)
+        origin = origin_of(signal)
         parcels = [decode_parcel(bytes(raw)) for raw in signal.parcels]
         at = self._next.get(origin, self._known.get(signal.partition, 0))
         for parcel in parcels:

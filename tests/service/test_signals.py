@@ -14,10 +14,13 @@ from afterclick.serving.keys import partition_of
 from afterclick.serving.memory import Move
 from afterclick.serving.records import TopList
 from afterclick.serving.settings import ListRules
+from afterclick.streams.admin import create_topics
 from afterclick.streams.events import Click
 from afterclick.streams.log import LogReader
+from afterclick.streams.migrate import migrate
 from afterclick.streams.partition import PartitionFold, Serving
 from afterclick.streams.piece import Limits
+from afterclick.streams.rebuild import rebuild
 from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.replica import Replica
 from afterclick.streams.signals import Absorber, decode_parcel
@@ -174,3 +177,37 @@ def test_a_worker_killed_between_commit_and_publication_loses_and_doubles_nothin
     assert sorted(absorbed(stage)) == sorted(counted(stage))
     assert len(counted(stage)) == 400
     assert stage.verify().first_difference is None
+
+
+def test_what_a_rebuild_folds_first_is_told_by_the_workers_after_it(stage: Stage) -> None:
+    """Clicks came while Redis was lost: nobody has told the others of them yet."""
+    stage.send(some_clicks(100))
+    with stage.worker():
+        stage.wait_folded()
+        stage.wait(lambda: num_waiting(stage) == 0, "all moves are published")
+    stage.send(some_clicks(50, start=100))
+    store = stage.store()
+    client: Any = store._redis
+    client.delete(*client.scan_iter(match=f"*{stage.serving.namespace}*"))
+    store.close()
+    rebuild(stage.serving, stage.streams)
+    assert 0 < num_waiting(stage) < 10
+    assert len(absorbed(stage)) == 100
+    with stage.worker():
+        stage.wait(lambda: num_waiting(stage) == 0, "all moves are published")
+    assert sorted(absorbed(stage)) == sorted(counted(stage))
+    assert len(counted(stage)) == 150
+
+
+def test_moves_that_wait_are_told_before_users_move_to_other_partitions(stage: Stage) -> None:
+    """They stand under the old epoch's keys, at which no worker looks again."""
+    stage.send(some_clicks(60))
+    with stage.worker(AFTERCLICK_STREAMS__SIGNALS_EVERY_MS="60000"):
+        stage.wait_folded()
+    assert num_waiting(stage) > 0
+    expected = counted(stage)
+    name = f"{stage.streams.clicks_topic}-next"
+    moved = msgspec.structs.replace(stage.streams, clicks_topic=name)
+    create_topics(moved, partitions=3, replication=1)
+    assert migrate(stage.serving, moved).done
+    assert sorted(absorbed(stage)) == sorted(expected)
