@@ -101,8 +101,8 @@ def standing(stage: Stage, client: redis.Redis) -> dict[str, object]:
     found: dict[str, object] = {}
     for key in client.scan_iter(match=f"*{stage.serving.namespace}*", count=1000):
         name = key.decode()
-        if name == stage.keys.fallback or name.endswith("pop:summary"):
-            continue  # hints, made by the clock
+        if name == stage.keys.fallback or name.endswith(("pop:summary", ":signals")):
+            continue  # hints, made by the clock; and what is on its way to others
         kind = client.type(key)
         if kind == b"list":
             found[name] = client.lrange(key, 0, -1)
