@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
 
 from afterclick.serving import neighbours
 from afterclick.serving.catalog import Catalog
@@ -39,6 +41,10 @@ PAIRS_MAX = 1 << 24
 """Pairs of user and item at once: a scratch of 128 MB."""
 
 _INTERACTION = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
+
+
+SOURCES = ("model", "transitions", "repeats", "popularity", "neighbours")
+"""Where candidates come from."""
 
 
 class Context(NamedTuple):
@@ -68,6 +74,8 @@ class Candidates(NamedTuple):
     pool: Pool
     feature_RF: F32
     """In the order of `features.FEATURES`."""
+    source_R: npt.NDArray[np.uint8] | None = None
+    """A bit for each of `SOURCES` that named the candidate, the first one lowest."""
 
 
 class Blend:
@@ -88,8 +96,9 @@ class Blend:
             ) from error
         self._kept: tuple[tuple[int, ...], Rows | None] = (), None
         self._session = session_of(folder / BLEND_NAME, provider, threads)
+        self._mean_F = _means(folder / BLEND_NAME)
         width = self._session.get_inputs()[0].shape[1]
-        if width != len(self._columns):
+        if width != len(self._columns) or len(self._mean_F) != width:
             raise ContractError(
                 f"release {manifest.release}: {BLEND_NAME} takes {width} features, the manifest "
                 f"names {len(self._columns)}",
@@ -131,9 +140,15 @@ class Blend:
             ranked += _lists(found.pool, score_R, memory, want)
         return ranked
 
-    def scores(self, feature_RF: F32) -> F32:
-        """(R,) scores of candidates whose columns are all of `features.FEATURES`."""
+    def scores(self, feature_RF: F32, *, without: Sequence[str] = ()) -> F32:
+        """(R,) scores of candidates whose columns are all of `features.FEATURES`.
+
+        Features named by `without` count as missing: as 0 deviations from their mean.
+        """
         own_RF = np.ascontiguousarray(feature_RF[:, self._columns])
+        for at, name in enumerate(self.spec.features):
+            if name in without:
+                own_RF[:, at] = self._mean_F[at]
         num_rows = len(own_RF)
         if not num_rows:
             return np.zeros(0, np.float32)
@@ -151,6 +166,15 @@ class Blend:
         return rows
 
 
+def _means(path: Path) -> F32:
+    """What the graph takes from each feature: the constant `mean`."""
+    for constant in onnx.load(path, load_external_data=False).graph.initializer:
+        if constant.name == "mean":
+            mean_F: F32 = numpy_helper.to_array(constant)
+            return mean_F
+    return np.zeros(0, np.float32)
+
+
 def gather(
     spec: BlendSpec,
     query_BD: F32,
@@ -160,8 +184,10 @@ def gather(
     scanner: Scanner,
     want: int,
     drops: Sequence[frozenset[int]] | None = None,
+    *,
+    tell_sources: bool = False,
 ) -> Candidates:
-    """Candidates of at most `USERS_MAX` users, and their features."""
+    """Candidates of at most `USERS_MAX` users, and their features; see `Blend.rank`."""
     num_users, num_codes = len(query_BD), memory.num_items
     past = past_of(contexts, memory)
     dropped = _dropped(drops, memory)
@@ -178,8 +204,8 @@ def gather(
     own_BL = past.item_BL[:, : spec.own]
     user_E, place_E = np.nonzero(own_BL >= 0)
     keys.append(user_E * num_codes + own_BL[user_E, place_E])
-    if spec.popular:
-        keys.append((np.arange(num_users)[:, None] * num_codes + memory.popular).ravel())
+    popular = memory.popular if spec.popular else memory.popular[:0]
+    keys.append((np.arange(num_users)[:, None] * num_codes + popular).ravel())
     keys.append(_best_near(near, spec.neighbours, num_users, memory))
     key_E = np.concatenate(keys)
     key_E = key_E[~rows.hidden_N[key_E % num_codes]]
@@ -189,7 +215,8 @@ def gather(
     row_R = rows.row_N[pool.code_R]
     own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R)
-    return Candidates(pool, describe(pool, past, memory, scored, near))
+    feature_RF = describe(pool, past, memory, scored, near)
+    return Candidates(pool, feature_RF, _sources(pool, keys) if tell_sources else None)
 
 
 def past_of(contexts: Sequence[Context], memory: Memory) -> Past:
@@ -271,6 +298,14 @@ def _best_near(
     place = np.arange(len(order)) - pool.begin_B1[pool.user_R[order]]
     best: I64 = pool.key_R[order[place < num_best]]
     return best
+
+
+def _sources(pool: Pool, keys: Sequence[I64]) -> npt.NDArray[np.uint8]:
+    source_R = np.zeros(len(pool), np.uint8)
+    for bit, key_E in enumerate(keys):
+        row = pool.find(*np.divmod(key_E, pool.num_codes))[1]
+        source_R[row] |= 1 << bit
+    return source_R
 
 
 def _dropped(drops: Sequence[frozenset[int]] | None, memory: Memory) -> I64:

@@ -174,7 +174,7 @@ def _model(put: Put, pool: Pool, scored: Scored) -> None:
     top_B = best_BC[:, 0]
     mass_B = _log(np.exp(best_BC - top_B[:, None]).sum(axis=1))
     share_R = scored.own_R - (top_B + mass_B)[pool.user_R]
-    put("model", np.maximum(share_R, MODEL_FLOOR))
+    put("model", np.clip(share_R, MODEL_FLOOR, 0.0))
     # Of equal scores the best place: the order of rows says nothing.
     num_best = best_BC.shape[1]
     key_BC = -best_BC.astype(np.float64)

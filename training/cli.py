@@ -206,11 +206,11 @@ def describe(outcome: "Outcome") -> str:
     if tested:
         names = ("hit_rate_20", "mrr_20", "predictions")
         own = {name: float(outcome.test[name]) for name in names}  # type: ignore[arg-type]
-        tested = {"model": own, **tested}
+        tested = {"as served": own, **tested}
     for title, metrics in (("validation", outcome.metrics), ("test", tested)):
         if not metrics:
             continue
-        count = int(metrics["model"]["predictions"])
+        count = int(metrics.get("model", metrics.get("as served", {}))["predictions"])
         lines.append(f"{title + ', ' + str(count) + ' predictions':<34}  HR@20  MRR@20")
         for method, values in metrics.items():
             figures = f"{100 * values['hit_rate_20']:6.1f} {100 * values['mrr_20']:7.1f}"

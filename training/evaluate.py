@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -90,6 +91,24 @@ def model_ranks(
             ranks.append(rank_of(torch.addmm(bias_N, q_XD, vector_DN), target_X))
     order = np.argsort(np.concatenate(places))
     return np.concatenate(ranks)[order]
+
+
+@torch.no_grad()
+def model_queries(model: Recommender, held: Held, step_ND: Tensor) -> npt.NDArray[np.float32]:
+    """(X, D + 1) queries before every target, in order of position, the 1 for the bias included.
+
+    Args:
+        model: is set to evaluation, and left so.
+        held: codes are rows of the table, or `UNKNOWN`.
+        step_ND: a release's step vectors.
+    """
+    model.eval()
+    places, queries = [np.zeros(0, np.int64)], []
+    for question in questions(held, device=model.bias.device):
+        places.append(question.at_X)
+        queries.append(model.query(_states_before(model, question, step_ND)).cpu().numpy())
+    query_XD = np.concatenate(queries)[np.argsort(np.concatenate(places))]
+    return np.pad(query_XD, ((0, 0), (0, 1)), constant_values=1)
 
 
 def questions(held: Held, *, device: torch.device) -> Iterator[Question]:

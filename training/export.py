@@ -20,17 +20,20 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.encoder import ItemEncoder
 from afterclick.serving.engine import Engine, Scanner
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
+    BLEND_NAME,
     ENCODER_NAME,
     EVENTS,
     FILES,
     GAP_BUCKETS,
     ITEMS_NAME,
     MANIFEST_NAME,
+    MEMORY_NAME,
     QUERY_NAME,
     SCAN_VECTORS_NAME,
     SCHEMA,
@@ -48,8 +51,11 @@ from afterclick.serving.manifest import (
     sha256_of,
     verify_files,
 )
+from afterclick.serving.memory import Memory
 from afterclick.serving.releases import self_test
 from afterclick.serving.text import TEXT_VERSION
+from afterclick.training.blending import Fitted as FittedBlend
+from afterclick.training.blending import graph_of
 from afterclick.training.data import I64, UNKNOWN, Sequences
 from afterclick.training.graphs import query_graph, state_names, step_graph
 from afterclick.training.model import HOURS, STEP_NORM, Recommender, Steps
@@ -191,6 +197,8 @@ def write_release(
     signals_offset: int = 0,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     seed: int = 0,
+    blend: FittedBlend | None = None,
+    memory: Memory | None = None,
 ) -> Manifest:
     """Write a complete release into a fresh folder whose name is its id; no check is made here.
 
@@ -230,17 +238,28 @@ def write_release(
         encoder=None if tables.encoder is None else tables.encoder.spec,
         files={},
     )
-    _record_self_test(folder, manifest, tables, np.random.default_rng(seed))
-    names = [*FILES, *([] if tables.encoder is None else [ENCODER_NAME])]
+    files = [*FILES, *([] if tables.encoder is None else [ENCODER_NAME])]
+    if blend is not None and memory is not None:
+        (folder / BLEND_NAME).write_bytes(graph_of(blend.net))
+        memory.save(folder)
+        manifest = msgspec.structs.replace(manifest, blend=blend.spec)
+        files += [BLEND_NAME, MEMORY_NAME]
+    _record_self_test(folder, manifest, tables, blend, np.random.default_rng(seed))
     manifest = msgspec.structs.replace(
-        manifest, files={name: sha256_of(folder / name) for name in names}
+        manifest, files={name: sha256_of(folder / name) for name in files}
     )
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return manifest
 
 
 def check_release(
-    folder: Path, model: Recommender, tables: Tables, held: Sequences | None, *, seed: int = 0
+    folder: Path,
+    model: Recommender,
+    tables: Tables,
+    held: Sequences | None,
+    *,
+    seed: int = 0,
+    blend: FittedBlend | None = None,
 ) -> list[str]:
     """The gate: refuse a release whose files do not do what the model does.
 
@@ -250,6 +269,7 @@ def check_release(
         tables: item tables as they were meant to be written.
         held: real histories, codes are rows of the tables or `UNKNOWN`; None leaves them out.
         seed: of the random histories.
+        blend: what `blend.onnx` was exported from.
 
     Returns:
         Names of the checks that passed.
@@ -279,6 +299,12 @@ def check_release(
     for kind, histories in kinds.items():
         _compare(folder, kind, histories, model, tables, engine, scanner)
         passed.append(f"{kind} histories")
+    if blend is not None:
+        graph = Blend(folder, manifest)
+        self_test(folder, engine, graph)
+        found_R = graph.scores(blend.sample_RF)
+        _close(folder, "blend", found_R, blend.scorers["blend"].scores(blend.sample_RF), TOLERANCE)
+        passed.append("blend")
     return passed
 
 
@@ -450,7 +476,11 @@ def _close(folder: Path, check: str, found: F32, expected: F32, tolerance: float
 
 
 def _record_self_test(
-    folder: Path, manifest: Manifest, tables: Tables, rng: np.random.Generator
+    folder: Path,
+    manifest: Manifest,
+    tables: Tables,
+    blend: FittedBlend | None,
+    rng: np.random.Generator,
 ) -> None:
     """Keys `x, lens, event, gap, hour, state` and, by the engine itself, `state_next, query`."""
     engine = Engine(folder, manifest, provider="cpu", threads=1)
@@ -480,4 +510,7 @@ def _record_self_test(
         raise ContractError(
             f"release {folder.name}: the query graph gives non-finite numbers", reason="non-finite"
         )
+    if blend is not None:
+        feed["blend_features"] = blend.sample_RF
+        feed["blend_score"] = Blend(folder, manifest).scores(blend.sample_RF)
     np.savez(folder / SELF_TEST_NAME, **feed, state_next=after_BS, query=query_BD)

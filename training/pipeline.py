@@ -18,12 +18,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from afterclick.serving.errors import ContractError
-from afterclick.serving.manifest import ItemRow, Manifest
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import Scanner
+from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.serving.manifest import ItemRow, ItemTable, Manifest
+from afterclick.serving.memory import Memory, memory_of, moves_of
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.training.baselines import evaluate_baselines
+from afterclick.training.blending import (
+    PREDICTIONS_MIN,
+    Knowledge,
+    asked_of,
+    blend_rankings,
+    fit_blend,
+)
+from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.data import (
+    I64,
     UNKNOWN,
     Columns,
     Held,
@@ -34,7 +46,7 @@ from afterclick.training.data import (
     recode,
     split,
 )
-from afterclick.training.evaluate import model_ranks
+from afterclick.training.evaluate import model_queries, model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
 from afterclick.training.fit import Epoch, Fitted, Guide, fit
 from afterclick.training.metrics import Ranking, rates
@@ -67,7 +79,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, dict[str, float]]
     """Rates on the validation part, by method."""
     test: dict[str, dict[str, float] | float]
-    """On the test file: `hit_rate_20`, `mrr_20`, `predictions` of the model, and `baselines`."""
+    """On the test file: `hit_rate_20`, `mrr_20` and `predictions` of the release as served, and the
+    same of `blend` (where it has one), `blend_without_…`, `model` and every baseline.
+    """
     num_events: int
     num_items: int
     num_bad: int
@@ -86,6 +100,8 @@ class Data(NamedTuple):
     everything: Sequences
     content: Content | None
     num_duplicates: int
+    asked: Held | None = None
+    """`held`, but items that the training part lacks by their own codes."""
 
 
 def train_release(
@@ -132,11 +148,20 @@ def train_release(
     )
     fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
     metrics = _metrics(data, fitted, serving, teller)
+    blend = _blend(source, data, fitted, settings, serving, teller)
+    if blend is not None:
+        metrics.update(blend.judged)
+        blend = blend if blend.helps or settings.blend == "on" else None
     trained_N = _clicked(data.everything if settings.final_epochs else data.train, data)
     tables = build_tables(fitted.model, data.item_ids, trained_N, source.items)
-    tested = _test(test, data, fitted, tables, serving, teller)
+    memory = None
+    if blend is not None:
+        memory = _memory(data.everything, data, settings)
+    tested = _test(test, data, fitted, tables, blend, memory, serving, teller)
     teller.stage("export")
-    manifest = _export(source, data, fitted, tables, metrics, tested, settings, serving)
+    manifest = _export(
+        source, data, fitted, tables, blend, memory, metrics, tested, settings, serving
+    )
     _keep_weights(fitted, data, manifest.release, serving)
     publication = None
     if publish:
@@ -189,16 +214,15 @@ def prepare(source: Source, settings: TrainingSettings, serving: ServingSettings
     if settings.content:
         rows = [source.items.get(item_id) or ItemRow(item_id=item_id) for item_id in item_ids]
         content = content_of(rows, settings.content_buckets)
+    asked = None
     if held is not None:
         known_N = np.bincount(train.item_P, minlength=len(item_ids)) > 0
         if content is not None:
             known_N |= content.speaking(known_N)
-        held = newest(
-            Held(_forget_items(held.sequences, known_N), held.target_P),
-            settings.validation_events_max,
-        )
+        asked = newest(held, settings.validation_events_max)
+        held = Held(_forget_items(asked.sequences, known_N), asked.target_P)
         held = held if held.target_P.any() else None
-    return Data(item_ids, train, held, everything, content, whole.num_duplicates)
+    return Data(item_ids, train, held, everything, content, whole.num_duplicates, asked)
 
 
 def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
@@ -289,11 +313,79 @@ def _metrics(
     return metrics
 
 
+def _blend(
+    source: Source,
+    data: Data,
+    fitted: Fitted,
+    settings: TrainingSettings,
+    serving: ServingSettings,
+    teller: Teller,
+) -> FittedBlend | None:
+    """A blend fitted on the validation part; None where there is too little of one, or no wish."""
+    held, asked = data.held, data.asked
+    if settings.blend == "off":
+        return None
+    if held is None or asked is None or held.target_P.sum() < PREDICTIONS_MIN:
+        if settings.blend == "on":
+            raise ConfigError(
+                f"blend: 'on' needs {PREDICTIONS_MIN} validation predictions, and there are "
+                f"{0 if held is None else held.target_P.sum()}; raise `validation`, or set 'auto'"
+            )
+        log.info("no blend: fewer than %d validation predictions", PREDICTIONS_MIN)
+        return None
+    model = fitted.model
+    final = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(fitted.validation_state)
+    tables = build_tables(model, data.item_ids, _clicked(data.train, data), source.items)
+    step_ND = torch.from_numpy(tables.step_ND).to(model.bias.device)
+    query_XD = model_queries(model, held, step_ND)
+    model.load_state_dict(final)
+    memory = _memory(data.train, data, settings)
+    question = asked_of(
+        asked, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
+    )
+    live = settings.blend_memory == "live" or (
+        settings.blend_memory == "auto" and source.snapshot.source.startswith("kafka:")
+    )
+    arrivals = _arrivals(data) if live and data.train.time_P is not None else None
+    blend = fit_blend(question, _knowledge(memory, tables), settings, arrivals=arrivals)
+    teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
+    return blend
+
+
+def _memory(part: Sequences, data: Data, settings: TrainingSettings) -> Memory:
+    return memory_of(
+        data.item_ids, part.start_S1, part.item_P, part.time_P, per_item=settings.blend_sessions
+    )
+
+
+def _arrivals(data: Data) -> tuple[I64, I64, I64]:
+    """Moves of the validation part, in order of time."""
+    everything, train = data.everything, data.train
+    assert everything.time_P is not None
+    assert train.time_P is not None
+    moves = moves_of(everything.start_S1, everything.item_P, everything.time_P)
+    if np.sort(everything.time_P)[: train.num_events].max() == train.time_P.max():
+        later = slice(train.num_events, None)
+        return moves[0][later], moves[1][later], moves[2][later]
+    assert data.asked is not None  # whole sequences were held out, while others went on
+    held = data.asked.sequences
+    return moves_of(held.start_S1, held.item_P, held.time_P)
+
+
+def _knowledge(memory: Memory, tables: Tables) -> Knowledge:
+    catalog = Catalog(ItemTable(items=tables.rows), tables.step_ND, tables.scan_ND)
+    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    return Knowledge(memory, catalog, scanner)
+
+
 def _test(
     test: Columns | None,
     data: Data,
     fitted: Fitted,
     tables: Tables,
+    blend: FittedBlend | None,
+    memory: Memory | None,
     serving: ServingSettings,
     teller: Teller,
 ) -> dict[str, dict[str, float]]:
@@ -321,7 +413,14 @@ def _test(
         history=serving.history,
         vector_ND=tables.step_ND,
     )
-    tested = {"model": rates(rank_X), **_rates(baselines)}
+    own = {}
+    if blend is not None and memory is not None:
+        query_XD = model_queries(fitted.model, held, torch.from_numpy(tables.step_ND).to(device))
+        asked = asked_of(
+            held, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
+        )
+        own = blend_rankings(asked, _knowledge(memory, tables), blend.spec, blend.scorers)
+    tested = {**_rates(own), "model": rates(rank_X), **_rates(baselines)}
     teller.stage("test", **_flat(tested))
     return tested
 
@@ -335,6 +434,8 @@ def _export(
     data: Data,
     fitted: Fitted,
     tables: Tables,
+    blend: FittedBlend | None,
+    memory: Memory | None,
     metrics: dict[str, dict[str, float]],
     tested: dict[str, dict[str, float]],
     settings: TrainingSettings,
@@ -356,9 +457,11 @@ def _export(
             signals_offset=source.signals_offset,
             metrics={**metrics, **{f"test/{name}": found for name, found in tested.items()}},
             seed=settings.seed,
+            blend=blend,
+            memory=memory,
         )
         real = data.held.sequences if data.held is not None else data.everything
-        passed = check_release(folder, fitted.model, tables, real, seed=settings.seed)
+        passed = check_release(folder, fitted.model, tables, real, seed=settings.seed, blend=blend)
         log.info("release %s: gate passed: %s", manifest.release, ", ".join(passed))
         store.add(folder)
     except BaseException:
@@ -371,10 +474,10 @@ def _outcome_of(tested: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     if not tested:
         return {}
     names = ("hit_rate_20", "mrr_20", "predictions")
-    found: dict[str, dict[str, float] | float] = {name: tested["model"][name] for name in names}
+    served = tested.get("blend", tested["model"])
+    found: dict[str, dict[str, float] | float] = {name: served[name] for name in names}
     for method, values in tested.items():
-        if method != "model":
-            found[method] = {name: values[name] for name in names}
+        found[method] = {name: values[name] for name in names}
     return found
 
 
@@ -384,7 +487,7 @@ def _flat(metrics: dict[str, dict[str, float]]) -> dict[str, float | dict[str, f
         method: {name: values[name] for name in ("hit_rate_20", "mrr_20")}
         for method, values in metrics.items()
     }
-    shown["predictions"] = metrics["model"]["predictions"]
+    shown["predictions"] = next(iter(metrics.values()))["predictions"]
     return shown
 
 

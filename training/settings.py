@@ -139,6 +139,33 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     item_min_count: Annotated[int, Meta(ge=1)] = 1
     """Items with fewer clicks are treated as never clicked."""
 
+    blend: Literal["auto", "on", "off"] = "auto"
+    """Fit a blend of the model with neighbours, transitions, repeats and popularity on the
+    validation part, and ship it. `auto` leaves it out where it does not beat the model alone.
+    """
+
+    blend_memory: Literal["auto", "frozen", "live"] = "auto"
+    """The memory that the blend is fitted with: that of the training part, or one that takes in the
+    validation part as time goes on. `auto` is live where clicks come from a topic.
+    """
+
+    blend_units: Annotated[int, Meta(ge=1, le=1024)] = 64
+    """Units of the blend's first hidden layer; the second has half of them."""
+
+    blend_epochs: Annotated[int, Meta(ge=1, le=100)] = 8
+    """Passes of the blend over its predictions."""
+
+    blend_decay: Annotated[float, Meta(ge=0, le=1)] = 1e-2
+    """Weight decay of the blend."""
+
+    blend_sessions: Annotated[int, Meta(ge=0, le=10_000)] = 256
+    """Newest past sessions that are looked at for an item of the user's, and kept in a release."""
+
+    blend_ablations: bool = False
+    """Fit the blend without neighbours, transitions, repeats and popularity, too, for the tables;
+    without the model it is always fitted.
+    """
+
     seed: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     """Same seed, settings, data, threads and machine: same loss curve."""
 

@@ -4,6 +4,8 @@ Knows no command line and trains nothing. Shape letters: X predictions, N items 
 (the release's and the training part's), P positions, B sequences, S floats of state.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -12,10 +14,20 @@ import torch
 
 from afterclick.serving.engine import F32, MASKED
 from afterclick.serving.errors import ContractError
+from afterclick.serving.features import MODEL_FEATURES
+from afterclick.serving.records import item_hash
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import NO_ITEM_EVENTS
 from afterclick.training.baselines import drop_seen, evaluate_baselines
+from afterclick.training.blending import (
+    ALL_SOURCES,
+    MODEL_SOURCE,
+    Knowledge,
+    Scorer,
+    asked_of,
+    blend_rankings,
+)
 from afterclick.training.data import (
     I64,
     UNKNOWN,
@@ -28,6 +40,7 @@ from afterclick.training.data import (
 )
 from afterclick.training.evaluate import CELLS_MAX, LIST, ranking_of
 from afterclick.training.metrics import (
+    NOTHING,
     Ranking,
     coverage,
     diversity,
@@ -53,9 +66,13 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     num_items: int
     """Ranked: the release's items and those of the training part."""
     test: dict[str, float]
-    """`hit_rate_20`, `mrr_20` and `predictions` of the model, as fractions."""
+    """`hit_rate_20`, `mrr_20` and `predictions` of the release as served, as fractions: of its
+    blend where it has one.
+    """
     methods: dict[str, dict[str, float]]
-    """Every metric of the model and of every baseline."""
+    """Every metric of the release (`blend`, `blend_without_model`: its weight at 0; `model`: alone)
+    and of every baseline.
+    """
     intervals: dict[str, dict[str, tuple[float, float]]]
     """95% bootstrap over sessions, or users, of every rate."""
 
@@ -100,8 +117,20 @@ def evaluate_release(
     vector_ND = np.where(
         row_N[:, None] >= 0, loaded.catalog.step_vectors_NE[np.maximum(row_N, 0)], np.float32(0)
     )
+    query_XD = release_queries(loaded, held, row_N)
+    own = {
+        **blend_rows(
+            loaded,
+            held,
+            question.item_ids,
+            query_XD,
+            history=serving.history,
+            filter_seen=filter_seen,
+        ),
+        "model": release_ranking(loaded, held, row_N, query_XD, filter_seen=filter_seen),
+    }
     rankings = {
-        "model": release_ranking(loaded, held, row_N, filter_seen=filter_seen),
+        **own,
         **evaluate_baselines(
             question.train,
             held,
@@ -131,7 +160,7 @@ def evaluate_release(
         mode=mode,
         filter_seen=filter_seen,
         num_items=num_items,
-        test={name: methods["model"][name] for name in HEADLINE},
+        test={name: methods[next(iter(own))][name] for name in HEADLINE},
         methods=methods,
         intervals={
             name: intervals(ranking.rank_X, group_X, seed=seed)
@@ -141,15 +170,74 @@ def evaluate_release(
 
 
 def release_ranking(
-    loaded: LoadedRelease, held: Held, row_N: I64, *, filter_seen: bool = False
+    loaded: LoadedRelease, held: Held, row_N: I64, query_XD: F32, *, filter_seen: bool = False
 ) -> Ranking:
-    """Rankings by a release's own graphs, states stepped from zero as a worker steps them.
+    """Rankings by the model alone.
 
     Args:
         loaded: the release.
         held: what is predicted.
         row_N: the catalogue's row of each item code, negative where it has none.
+        query_XD: as `release_queries` gave them.
         filter_seen: as in `evaluate_release`.
+    """
+    at_X = np.flatnonzero(held.target_P)
+    rank_X = np.zeros(len(at_X), np.int64)
+    top_XK = np.zeros((len(at_X), LIST), np.int64)
+    for begin in range(0, len(at_X), size := max(1, CELLS_MAX // len(row_N))):
+        part = slice(begin, begin + size)
+        score_XN = _scores(loaded, query_XD[part], row_N)
+        if filter_seen:
+            drop_seen(score_XN, held.sequences, at_X[part])
+        found = ranking_of(torch.from_numpy(score_XN), held.sequences.item_P[at_X[part]])
+        rank_X[part], top_XK[part] = found
+    return Ranking(rank_X, top_XK)
+
+
+def blend_rows(
+    loaded: LoadedRelease,
+    held: Held,
+    item_ids: Sequence[str],
+    query_XD: F32,
+    *,
+    history: int,
+    filter_seen: bool = False,
+) -> dict[str, Ranking]:
+    """Rankings by the release's blend, and by the same with the model's weight at 0.
+
+    The memory stands as it was exported. Empty for a release without a blend.
+    """
+    if loaded.blend is None or loaded.memory is None:
+        return {}
+    loaded.memory.know(item_ids)
+    code_N = np.array([loaded.memory.code_of_hash[item_hash(i)] for i in item_ids], np.int64)
+    item_P = held.sequences.item_P
+    coded_P = np.where(item_P == UNKNOWN, UNKNOWN, code_N[np.maximum(item_P, 0)])
+    coded = Held(held.sequences._replace(item_P=coded_P), held.target_P)
+    asked = asked_of(coded, query_XD, loaded.memory, history=history, filter_seen=filter_seen)
+    item_of_code = np.full(loaded.memory.num_items, NOTHING)
+    item_of_code[code_N] = np.arange(len(code_N))
+    found = blend_rankings(
+        asked,
+        Knowledge(loaded.memory, loaded.catalog, loaded.scanner),
+        loaded.blend.spec,
+        {
+            "blend": Scorer(loaded.blend.scores, ALL_SOURCES),
+            "blend_without_model": Scorer(
+                partial(loaded.blend.scores, without=MODEL_FEATURES), ALL_SOURCES & ~MODEL_SOURCE
+            ),
+        },
+    )
+    return {
+        name: Ranking(rank_X, np.where(top_XK == NOTHING, NOTHING, item_of_code[top_XK]))
+        for name, (rank_X, top_XK) in found.items()
+    }
+
+
+def release_queries(loaded: LoadedRelease, held: Held, row_N: I64) -> F32:
+    """(X, D) queries before every target by a release's own graphs, in order of position.
+
+    States are stepped from zero as a worker steps them.
     """
     sequences = held.sequences
     hour_P = sequences.hours()
@@ -165,17 +253,11 @@ def release_ranking(
     order_X = np.argsort(step_X, kind="stable")
     bound = np.searchsorted(step_X[order_X], np.arange(int(step_X.max(initial=0)) + 2))
     state_SS = loaded.engine.zero_state(sequences.num_sequences)
-    rank_X = np.zeros(len(at_X), np.int64)
-    top_XK = np.zeros((len(at_X), LIST), np.int64)
+    query_XD = np.zeros((len(at_X), loaded.manifest.scan_dim), np.float32)
     for step in range(len(bound) - 1):
         asked = order_X[bound[step] : bound[step + 1]]
-        for begin in range(0, len(asked), size := max(1, CELLS_MAX // len(row_N))):
-            part = asked[begin : begin + size]
-            score_XN = _scores(loaded, state_SS[sequence_X[part]], row_N)
-            if filter_seen:
-                drop_seen(score_XN, sequences, at_X[part])
-            found = ranking_of(torch.from_numpy(score_XN), sequences.item_P[at_X[part]])
-            rank_X[part], top_XK[part] = found
+        if len(asked):
+            query_XD[asked] = loaded.engine.query(state_SS[sequence_X[asked]])
         moving = np.flatnonzero(size_S > step)
         if len(moving):
             position = place_K[begin_S[moving] + step]
@@ -187,7 +269,7 @@ def release_ranking(
                 gap_TB=sequences.gap_P[position][None],
                 hour_TB=hour_P[position][None],
             )
-    return Ranking(rank_X, top_XK)
+    return query_XD
 
 
 def without_last(columns: Columns) -> Columns:
@@ -254,9 +336,9 @@ def _row(loaded: LoadedRelease, item_id: str) -> int:
     return -1 if row is None else row
 
 
-def _scores(loaded: LoadedRelease, state_XS: F32, row_N: I64) -> F32:
+def _scores(loaded: LoadedRelease, query_XD: F32, row_N: I64) -> F32:
     """(X, N) scores by item code; -inf where the release cannot or may not list an item."""
-    row_score_X = loaded.scanner.scores(loaded.engine.query(state_XS))
+    row_score_X = loaded.scanner.scores(query_XD)
     score_XN: F32 = row_score_X[:, np.maximum(row_N, 0)]
     score_XN[:, row_N < 0] = -np.inf
     score_XN[score_XN <= MASKED / 2] = -np.inf

@@ -1,0 +1,128 @@
+"""The blend from fit to release: the trainer and the worker rank alike."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import Scanner
+from afterclick.serving.errors import ConfigError
+from afterclick.serving.manifest import BLEND_NAME, MEMORY_NAME, ItemRow, ItemTable
+from afterclick.serving.memory import memory_of, moves_of
+from afterclick.training.blending import Asked, Knowledge, asked_of, blend_rankings, fit_blend
+from afterclick.training.cli import evaluate, train
+from afterclick.training.data import build_log, held_out, split
+from tests.unit.training.test_trial import files  # noqa: F401
+from tests.unit.training.worlds import quick, ring
+
+SETTINGS = (
+    'units = 16\ndim = 16\nepochs = 2\nbatch_events = 128\nthreads = 1\ndevice = "cpu"\n'
+    'validation = 0.3\nblend = "on"\nblend_epochs = 4\n'
+)
+
+
+def run(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict:
+    (folder / "settings.toml").write_text(SETTINGS)
+    train(
+        [
+            *("--clicks", str(folder / "clicks.csv"), "--test", str(folder / "test.csv")),
+            *("--config", str(folder / "settings.toml"), "--json", "--progress", "none", *more),
+        ]
+    )
+    told: dict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return told
+
+
+def test_a_release_with_a_blend_is_evaluated_as_its_training_run_was(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Torch against ONNX graphs and the memory read back from the release: the same rates; and
+    what counts is what the release serves, its blend, with the model's own row beside it.
+    """
+    told = run(files, capsys)["test"]
+    evaluate(
+        [
+            *("--release", "current", "--clicks", str(files / "test.csv"), "--json"),
+            *("--train", str(files / "clicks.csv")),
+        ]
+    )
+    found = json.loads(capsys.readouterr().out)
+
+    for rates in (told, told["blend"], found["methods"]["blend"]):
+        assert found["test"]["mrr_20"] == pytest.approx(rates["mrr_20"], abs=2e-3)
+        assert found["test"]["hit_rate_20"] == pytest.approx(rates["hit_rate_20"], abs=2e-3)
+    assert found["methods"]["model"]["mrr_20"] == pytest.approx(told["model"]["mrr_20"], abs=1e-3)
+    assert {"blend_without_model", "markov"} <= set(told) & set(found["methods"])
+    assert found["test"]["predictions"] == told["predictions"]
+    # What followed what says nearly all in this world, and two epochs of a model do not.
+    assert told["blend"]["mrr_20"] > told["model"]["mrr_20"] + 0.05
+
+
+def test_a_release_without_a_blend_has_none_of_its_files(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`off` is off, `auto` asks for predictions enough, and `on` says what it lacks."""
+    (files / "few.toml").write_text(SETTINGS.replace("0.3", "0.1"))
+    with pytest.raises(ConfigError, match="raise `validation`"):
+        run(files, capsys, "--config", str(files / "few.toml"))
+    for text in (SETTINGS.replace('"on"', '"off"'), SETTINGS.replace('0.3\nblend = "on"', "0.1")):
+        (files / "few.toml").write_text(text)
+        told = run(files, capsys, "--config", str(files / "few.toml"))
+        folder = files / "releases" / told["release"]
+        assert not (folder / BLEND_NAME).exists()
+        assert not (folder / MEMORY_NAME).exists()
+        assert told["test"]["model"]["mrr_20"] == told["test"]["mrr_20"]
+
+
+def question(seed: int = 0) -> tuple[Asked, Knowledge, tuple, int]:
+    """A ring world without a model: its queries say nothing."""
+    log = build_log(ring(seed=seed), history=50)
+    sequences, num = log.sequences, len(log.item_ids)
+    part, held = split(sequences, 0.4, "sequences")
+    assert held is not None
+    memory = memory_of(log.item_ids, part.start_S1, part.item_P, part.time_P, per_item=50)
+    scan_ND = np.zeros((num, 5), np.float32)
+    table = ItemTable(items=[ItemRow(item_id=item_id) for item_id in log.item_ids])
+    catalog = Catalog(table, scan_ND[:, :4], scan_ND)
+    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    query_XD = np.zeros((int(held.target_P.sum()), 5), np.float32)
+    asked = asked_of(held_out(held.sequences, None), query_XD, memory, history=50)
+    later = held.sequences
+    arrivals = moves_of(later.start_S1, later.item_P, later.time_P)
+    return asked, Knowledge(memory, catalog, scanner), arrivals, memory.moves
+
+
+def test_a_live_memory_knows_no_click_that_has_not_come_yet() -> None:
+    """A move that was absorbed before its own prediction would be a leak, and a triumph."""
+    asked, knowledge, arrivals, before = question()
+    blend = fit_blend(asked, knowledge, quick(blend_epochs=2), arrivals=arrivals)
+    assert asked.time_X is not None
+    newest = np.sort(asked.time_X)[(len(asked.time_X) - 1) // 64 * 64]
+    assert knowledge.memory.moves - before == (arrivals[1] < newest).sum()
+    assert blend.judged["blend"]["predictions"] == round(0.2 * len(asked.target_X))
+
+
+def test_a_prediction_is_ranked_whoever_else_is_asked() -> None:
+    """One at a time or all at once, and the same network twice: the same ranks."""
+    asked, knowledge, _, _ = question()
+    blend = fit_blend(asked, knowledge, quick(blend_epochs=2))
+    again = fit_blend(asked, knowledge, quick(blend_epochs=2))
+    assert msgspec.json.encode(blend.judged) == msgspec.json.encode(again.judged)
+    whole = blend_rankings(asked, knowledge, blend.spec, blend.scorers)["blend"]
+    for number in range(5):
+        own = slice(number, number + 1)
+        one = asked._replace(
+            query_XD=asked.query_XD[own],
+            contexts=asked.contexts[own],
+            target_X=asked.target_X[own],
+            time_X=None if asked.time_X is None else asked.time_X[own],
+        )
+        alone = blend_rankings(one, knowledge, blend.spec, blend.scorers)["blend"]
+        assert alone.rank_X[0] == whole.rank_X[number]
+    hits = (whole.rank_X <= 3).mean()
+    assert hits > 0.7, "nine of ten clicks follow the ring, and the transitions know it"

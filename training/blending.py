@@ -1,0 +1,404 @@
+"""Fit the blend: what the worker would have listed before each held-out click, and what came.
+
+Candidates and features are made by the worker's own code (serving/blend.py), from the model of the
+best epoch and from the memory of the training part. A small network scores each candidate; the
+loss is the cross-entropy of the clicked one among its prediction's candidates (listwise softmax,
+Cao et al., ICML 2007). Fitted on the older four fifths of the predictions, judged on the newest
+one, then fitted on all. Knows no files. Shape letters: X predictions, R rows (candidates), F
+features, U units, P positions, D scan vector.
+"""
+
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from afterclick.serving import features
+from afterclick.serving.blend import SOURCES, Candidates, Context, Rows, gather, rows_of
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.engine import F32, I64, Scanner
+from afterclick.serving.features import FEATURES, TIMED, columns_of
+from afterclick.serving.manifest import BlendSpec
+from afterclick.serving.memory import Memory
+from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_interaction
+from afterclick.training.blend_graph import CLIP, blend_graph
+from afterclick.training.data import UNKNOWN, Held
+from afterclick.training.evaluate import LIST
+from afterclick.training.metrics import MISS, NOTHING, Ranking, rates
+from afterclick.training.settings import TrainingSettings
+
+JUDGED = 0.2
+"""Newest share of the validation predictions that decides about epochs, and about the blend."""
+
+NEGATIVES = 47
+"""Candidates drawn for a prediction to be fitted on, beside the clicked one."""
+
+PREDICTIONS_MIN = 200
+"""Fewer say too little about some thousand weights."""
+
+USERS = 64
+"""Predictions described at once; no result depends on it."""
+
+BATCH = 256
+"""Predictions."""
+RATE = 3e-3
+"""Falls to 0 in a straight line, so that no epoch need be chosen."""
+DROPOUT = 0.1
+
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "model": features.MODEL_FEATURES,
+    "neighbours": features.NEIGHBOUR_FEATURES,
+    "transitions": features.TRANSITION_FEATURES,
+    "repeats": features.REPEAT_FEATURES,
+    "popularity": features.POPULARITY_FEATURES,
+}
+"""What an ablation leaves out, by its row's name; candidates that only this source names, too."""
+
+ALL_SOURCES = (1 << len(SOURCES)) - 1
+MODEL_SOURCE = 1 << SOURCES.index("model")
+
+Arrivals = tuple[I64, I64, I64]
+"""Moves as `Memory.take` wants them."""
+
+
+class Asked(NamedTuple):
+    """Predictions: who is asked, what the model says, and what came."""
+
+    query_XD: F32
+    contexts: list[Context]
+    target_X: I64
+    """Codes; `UNKNOWN` is a miss."""
+    time_X: I64 | None
+    """When the target came, ms."""
+    drops: list[frozenset[int]] | None = None
+    """Hashes of what may not be listed again; None lists everything."""
+
+
+class Knowledge(NamedTuple):
+    """What is counted and what is scored, beside the questions."""
+
+    memory: Memory
+    catalog: Catalog
+    scanner: Scanner
+
+
+class Scorer(NamedTuple):
+    """One way to score candidates."""
+
+    scores: Callable[[F32], F32]
+    """From all features (R, F) to scores (R,)."""
+    sources: int = ALL_SOURCES
+    """Bits of the sources whose candidates are ranked."""
+
+
+class Fitted(NamedTuple):
+    """A blend that was fitted."""
+
+    spec: BlendSpec
+    net: "Net"
+    scorers: dict[str, Scorer]
+    """`blend`, and ablations by their rows' names."""
+    judged: dict[str, dict[str, float]]
+    """Rates on the judged fifth: `model_judged`, `blend`, `blend_without_…`."""
+    sample_RF: F32
+    """Some rows with all features, for the self-test."""
+
+    @property
+    def helps(self) -> bool:
+        """Whether the blend beats the model alone where both were judged."""
+        return self.judged["blend"]["mrr_20"] > self.judged["model_judged"]["mrr_20"]
+
+
+class Net(nn.Module):
+    """Normalised, clipped features through two hidden layers to a score."""
+
+    def __init__(self, mean_F: Tensor, scale_F: Tensor, units: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_F", mean_F)
+        self.register_buffer("scale_F", scale_F)
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(len(mean_F), units),
+                nn.Linear(units, max(units // 2, 1)),
+                nn.Linear(max(units // 2, 1), 1),
+            ]
+        )
+
+    def forward(self, feature_RF: Tensor) -> Tensor:
+        """(R,) scores."""
+        mean_F, scale_F = self.get_buffer("mean_F"), self.get_buffer("scale_F")
+        x = ((feature_RF - mean_F) * scale_F).clamp(-CLIP, CLIP)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number < len(self.layers) - 1:
+                x = nn.functional.dropout(nn.functional.relu(x), DROPOUT, self.training)
+        return x[:, 0]
+
+
+_Judged = tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8], int]
+"""Of all candidates, and where the clicked one stands; negative where it is none of them."""
+
+
+class _Examples(NamedTuple):
+    """Predictions to fit on, with as many candidates each: the clicked one first."""
+
+    feature_XKF: npt.NDArray[np.float16]
+    source_XK: npt.NDArray[np.uint8]
+    """0 where a prediction has no further candidate."""
+
+
+def asked_of(
+    held: Held,
+    query_XD: F32,
+    memory: Memory,
+    *,
+    history: int,
+    filter_seen: bool = False,
+) -> Asked:
+    """Questions as a worker's records would put them.
+
+    Args:
+        held: what is predicted; codes are the memory's, or `UNKNOWN`.
+        query_XD: the model's query before each target, in order of position.
+        memory: knows the items.
+        history: interactions that a record keeps.
+        filter_seen: what stands earlier in the sequence may not be listed.
+    """
+    sequences = held.sequences
+    kind = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
+    packed_P = np.zeros(sequences.num_events, kind)
+    known = sequences.item_P != UNKNOWN
+    packed_P["hash"][known] = memory.hash_N[sequences.item_P[known]]
+    packed_P["traits"] = sequences.event_P | sequences.gap_P << 5
+    data = packed_P.tobytes()
+    assert len(pack_interaction(Interaction(0, 0, 0, 0, 0, False))) == kind.itemsize
+    at_X = np.flatnonzero(held.target_P)
+    start_X = sequences.start_S1[sequences.sequence_numbers()[at_X]]
+    begin_X = np.maximum(start_X, at_X - history)
+    last_X = at_X - 1 if sequences.time_P is None else sequences.time_P[at_X - 1]
+    contexts = [
+        Context(data[begin * INTERACTION_BYTES : end * INTERACTION_BYTES], clicks, now, now)
+        for begin, end, clicks, now in zip(
+            begin_X.tolist(),
+            at_X.tolist(),
+            (at_X - start_X).tolist(),
+            (np.zeros_like(at_X) if sequences.time_P is None else last_X).tolist(),
+            strict=True,
+        )
+    ]
+    drops = None
+    if filter_seen:
+        hash_P = packed_P["hash"]
+        drops = [
+            frozenset(hash_P[begin:end].tolist())
+            for begin, end in zip(start_X.tolist(), at_X.tolist(), strict=True)
+        ]
+    time_X = None if sequences.time_P is None else sequences.time_P[at_X]
+    return Asked(query_XD, contexts, sequences.item_P[at_X], time_X, drops)
+
+
+def fit_blend(
+    asked: Asked,
+    knowledge: Knowledge,
+    settings: TrainingSettings,
+    *,
+    arrivals: Arrivals | None = None,
+) -> Fitted:
+    """Fit, judge, and fit again on everything.
+
+    Args:
+        asked: the validation part, in order of time where the memory is live.
+        knowledge: memory of the training part; a live one has moved on when this returns.
+        settings: of the run.
+        arrivals: moves that the memory takes in as time goes on, in order of time; None freezes it.
+    """
+    names = [name for name in FEATURES if asked.time_X is not None or name not in TIMED]
+    spec = BlendSpec(features=names, sessions=settings.blend_sessions)
+    rng = np.random.default_rng([settings.seed, 1])
+    num = len(asked.target_X)
+    is_late_X = np.zeros(num, bool)
+    is_late_X[_order(asked)[num - max(1, round(num * JUDGED)) :]] = True
+    examples = _Examples(
+        np.zeros((num, 1 + NEGATIVES, len(FEATURES)), np.float16),
+        np.zeros((num, 1 + NEGATIVES), np.uint8),
+    )
+    judged: list[_Judged] = []
+    model_ranks: list[int] = []
+    for number, target, own, source_R, codes in _described(asked, knowledge, spec, arrivals):
+        at = np.flatnonzero(codes == target)
+        if is_late_X[number]:
+            # Exact as far as `spec.model`: whatever the model ranks above a target is a candidate.
+            score_R = own[:, columns_of(["model"])[0]]
+            model_ranks.append(int((score_R >= score_R[at[0]]).sum()) if len(at) else MISS)
+            judged.append((own.astype(np.float16), source_R, int(at[0]) if len(at) else -1))
+        if len(at):
+            others = rng.permutation(len(codes))[: NEGATIVES + 1]
+            rows = np.concatenate([at, others[others != at[0]][:NEGATIVES]])
+            examples.feature_XKF[number, : len(rows)] = own[rows]
+            examples.source_XK[number, : len(rows)] = source_R[rows]
+    wanted: dict[str, tuple[str, ...]] = {"blend": (), "blend_without_model": WITHOUT["model"]}
+    if settings.blend_ablations:
+        wanted |= {f"blend_without_{name}": left_out for name, left_out in WITHOUT.items()}
+    nets, scorers = {}, {}
+    rates_by = {"model_judged": rates(np.array(model_ranks, np.int64))}
+    for row, left_out in wanted.items():
+        columns = columns_of([name for name in names if name not in left_out])
+        sources = sum(
+            1 << bit for bit, source in enumerate(SOURCES) if WITHOUT.get(source) != left_out
+        )
+        early = _fit_one(examples, np.flatnonzero(~is_late_X), columns, sources, settings)
+        rates_by[row] = rates(_judge(early, columns, sources, judged))
+        nets[row] = _fit_one(examples, np.arange(num), columns, sources, settings)
+        scorers[row] = Scorer(partial(_score, nets[row], columns), sources)
+    sample_RF = np.ascontiguousarray(examples.feature_XKF[:8, :8].reshape(64, -1), np.float32)
+    return Fitted(spec, nets["blend"], scorers, rates_by, sample_RF)
+
+
+def blend_rankings(
+    asked: Asked,
+    knowledge: Knowledge,
+    spec: BlendSpec,
+    scorers: Mapping[str, Scorer],
+    *,
+    arrivals: Arrivals | None = None,
+) -> dict[str, Ranking]:
+    """Rank every target with each of the networks; the memory is as `fit_blend` takes it."""
+    num = len(asked.target_X)
+    found = {
+        name: Ranking(np.full(num, MISS), np.full((num, LIST), NOTHING, np.int64))
+        for name in scorers
+    }
+    for number, target, own, source_R, codes in _described(asked, knowledge, spec, arrivals):
+        for name, scorer in scorers.items():
+            kept = np.flatnonzero(source_R & scorer.sources)
+            score_R = scorer.scores(own[kept])
+            best = np.argsort(-score_R, kind="stable")[:LIST]
+            found[name].top_XK[number, : len(best)] = codes[kept[best]]
+            at = np.flatnonzero(codes[kept] == target)
+            if len(at):
+                found[name].rank_X[number] = (score_R >= score_R[at[0]]).sum()
+    return found
+
+
+def graph_of(net: Net) -> bytes:
+    """The network as `blend.onnx`."""
+    layers = [
+        (layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy())
+        for layer in net.layers
+        if isinstance(layer, nn.Linear)
+    ]
+    graph = blend_graph(net.get_buffer("mean_F").numpy(), net.get_buffer("scale_F").numpy(), layers)
+    data: bytes = graph.SerializeToString()
+    return data
+
+
+def _described(
+    asked: Asked, knowledge: Knowledge, spec: BlendSpec, arrivals: Arrivals | None
+) -> Iterator[tuple[int, int, F32, npt.NDArray[np.uint8], I64]]:
+    """Number, target, features, sources and codes of every prediction's candidates."""
+    memory, catalog, scanner = knowledge
+    order = _order(asked)
+    taken, rows = 0, rows_of(memory, catalog)
+    for begin in range(0, len(order), USERS):
+        part = order[begin : begin + USERS]
+        if arrivals is not None and asked.time_X is not None:
+            until = int(np.searchsorted(arrivals[1], asked.time_X[part[0]]))
+            memory.take(*(column[taken:until] for column in arrivals))
+            taken = max(taken, until)
+        found = _candidates(asked, part, memory, rows, scanner, spec)
+        pool, source_R = found.pool, found.source_R
+        assert source_R is not None
+        for at, number in enumerate(part.tolist()):
+            own = slice(pool.begin_B1[at], pool.begin_B1[at + 1])
+            yield (
+                number,
+                int(asked.target_X[number]),
+                found.feature_RF[own],
+                source_R[own],
+                pool.code_R[own],
+            )
+
+
+def _order(asked: Asked) -> I64:
+    """Predictions in order of time, where there is one."""
+    if asked.time_X is None:
+        return np.arange(len(asked.target_X))
+    return np.argsort(asked.time_X, kind="stable")
+
+
+def _candidates(
+    asked: Asked, part: I64, memory: Memory, rows: Rows, scanner: Scanner, spec: BlendSpec
+) -> Candidates:
+    return gather(
+        spec,
+        asked.query_XD[part],
+        [asked.contexts[number] for number in part.tolist()],
+        memory,
+        rows,
+        scanner,
+        LIST,
+        None if asked.drops is None else [asked.drops[number] for number in part.tolist()],
+        tell_sources=True,
+    )
+
+
+def _fit_one(
+    examples: _Examples,
+    part_X: I64,
+    columns: list[int],
+    sources: int,
+    settings: TrainingSettings,
+) -> Net:
+    """A network fitted on some of the examples."""
+    kept_XK = examples.source_XK & sources > 0
+    # A clicked item that none of the sources names is no example, nor is one without rivals.
+    part_X = part_X[kept_XK[part_X, 0] & (kept_XK[part_X].sum(axis=1) > 1)]
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng([settings.seed, 2])
+    some_X = rng.permutation(part_X)[:4096]
+    some_RF = examples.feature_XKF[some_X][kept_XK[some_X]][:, columns].astype(np.float32)
+    mean_F = torch.from_numpy(some_RF.mean(axis=0))
+    scale_F = torch.from_numpy(1.0 / (some_RF.std(axis=0) + 1e-3))
+    net = Net(mean_F, scale_F, settings.blend_units)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=settings.blend_decay)
+    total, step = settings.blend_epochs * -(-len(part_X) // BATCH), 0
+    net.train()
+    for _ in range(settings.blend_epochs):
+        order = rng.permutation(part_X)
+        for begin in range(0, len(order), BATCH):
+            members = order[begin : begin + BATCH]
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * (1.0 - step / total)
+            step += 1
+            x_XKF = torch.from_numpy(examples.feature_XKF[members][:, :, columns]).float()
+            score_XK = net(x_XKF.flatten(0, 1)).view(x_XKF.shape[:2])
+            score_XK = score_XK.masked_fill(~torch.from_numpy(kept_XK[members]), -1e9)
+            first_X = torch.zeros(len(members), dtype=torch.long)
+            loss = nn.functional.cross_entropy(score_XK, first_X)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    net.eval()
+    return net
+
+
+def _judge(net: Net, columns: list[int], sources: int, judged: Sequence[_Judged]) -> I64:
+    rank_X = np.full(len(judged), MISS)
+    for number, (own, source_R, at) in enumerate(judged):
+        if at < 0 or not source_R[at] & sources:
+            continue
+        score_R = _score(net, columns, own.astype(np.float32))
+        rank_X[number] = ((score_R >= score_R[at]) & (source_R & sources > 0)).sum()
+    return rank_X
+
+
+@torch.no_grad()
+def _score(net: Net, columns: list[int], feature_RF: F32) -> F32:
+    score_R: F32 = net(torch.from_numpy(feature_RF[:, columns])).numpy()
+    return score_R
