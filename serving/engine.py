@@ -77,7 +77,7 @@ class Engine:
     ) -> None:
         self.manifest = manifest
         self.provider = choose_provider(provider)
-        self._step = session_of(folder / STEP_NAME, self.provider, threads)
+        self._step = session_of(folder / STEP_NAME, self.provider, threads, unpack=True)
         self._query = session_of(folder / QUERY_NAME, self.provider, threads)
         state_names = {tensor.name for tensor in manifest.state}
         _check_names(folder.name, STEP_NAME, self._step, state_names | _step_names(manifest))
@@ -137,8 +137,12 @@ class Engine:
     def query(self, state_BS: F32) -> F32:
         """(B, D) queries of states; a user's score for item n is `query · scan_vectors[n]`."""
         assert len(state_BS) > 0, "an empty call aborts ONNX Runtime"
-        query: F32 = self._query.run(["query"], self._split(state_BS))[0]
+        query: F32 = self._query.run(["query"], self.query_feed(state_BS))[0]
         return query
+
+    def query_feed(self, state_BS: F32) -> dict[str, F32]:
+        """What the query graph is given for these states, by input name."""
+        return self._split(state_BS)
 
     def _split(self, state_BS: F32) -> dict[str, F32]:
         parts: dict[str, F32] = {}
@@ -310,13 +314,25 @@ def _scan_graph(dim: int, *, half: bool) -> bytes:
     return data
 
 
-def session_of(model: Path | bytes, provider: Provider, threads: int) -> ort.InferenceSession:
+def session_of(
+    model: Path | bytes, provider: Provider, threads: int, *, unpack: bool = False
+) -> ort.InferenceSession:
     """A graph, ready to run.
+
+    Args:
+        model: a file, or its bytes.
+        provider: where it runs.
+        threads: of one run; 0 means one per core.
+        unpack: int8 weights become float32 once, at load, not at every call.
 
     Raises:
         ContractError: it is refused, or keeps tensors in another file.
     """
     options = ort.SessionOptions()
+    if unpack:
+        # Else an LSTM whose weights are int8 unpacks them per call: 108 µs instead of 43 for a
+        # step, and other bits for another batch (measured; docs/decisions/0002-bit-exactness.md).
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Spinning threads take the cores that Redis, Kafka and decoding need: 8.4k -> 10.6k clicks/s

@@ -141,6 +141,17 @@ class EncoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Bias of an item that training never saw."""
 
 
+class Compression(msgspec.Struct, frozen=True, kw_only=True):
+    """How a release was made smaller; none of it matters to a worker."""
+
+    method: Literal["int8", "prune", "distill"]
+    of: ReleaseName
+    """The release that it was made from, or learnt from."""
+    detail: dict[str, str | int | float] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    """`before` and `after`: rates as fractions, bytes, and microseconds of a step."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a worker must know to serve a release, and to refuse it."""
 
@@ -173,6 +184,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
     encoder: EncoderSpec | None = None
     """None: new items are given the mean vector of their categories."""
+    compression: Compression | None = None
+    """None: as it was trained."""
     files: dict[str, str]
     """sha256, hex, of each of `FILES`, and of the `OPTIONAL_FILES` that are there."""
 

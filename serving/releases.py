@@ -11,14 +11,16 @@ import logging
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Engine, Scanner
+from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
 from afterclick.serving.manifest import (
     MANIFEST_NAME,
@@ -261,18 +263,7 @@ def self_test(folder: Path, engine: Engine, blend: Blend | None = None) -> None:
     try:
         with np.load(folder / SELF_TEST_NAME, allow_pickle=False) as recorded:
             data = {name: recorded[name] for name in recorded.files}
-        state_BS = engine.advance(
-            data["state"],
-            data["x"],
-            data["lens"],
-            event_TB=data.get("event"),
-            gap_TB=data.get("gap"),
-            hour_TB=data.get("hour"),
-        )
-        found = {"state_next": state_BS, "query": engine.query(state_BS)}
-        if blend is not None:
-            found["blend_score"] = blend.scores(data["blend_features"])
-        for name, array in found.items():
+        for name, array in replayed(data, engine, blend).items():
             worst = float(np.abs(array - data[name]).max())
             if not worst <= SELF_TEST_TOLERANCE:
                 raise ContractError(
@@ -282,3 +273,21 @@ def self_test(folder: Path, engine: Engine, blend: Blend | None = None) -> None:
                 )
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile, AssertionError) as error:
         raise ContractError(f"{where}: cannot run: {error!r}", reason="self-test") from error
+
+
+def replayed(
+    data: Mapping[str, Any], engine: Engine, blend: Blend | None = None
+) -> dict[str, F32]:
+    """What a self-test compares: outputs by name, for its recorded inputs."""
+    state_BS = engine.advance(
+        data["state"],
+        data["x"],
+        data["lens"],
+        event_TB=data.get("event"),
+        gap_TB=data.get("gap"),
+        hour_TB=data.get("hour"),
+    )
+    found = {"state_next": state_BS, "query": engine.query(state_BS)}
+    if blend is not None:
+        found["blend_score"] = blend.scores(data["blend_features"])
+    return found

@@ -130,7 +130,7 @@ def evaluate(argv: Sequence[str]) -> int:
         else:
             name = options.release
         trial = evaluate_release(
-            _loaded(name, serving),
+            load_release(name, serving),
             clicks,
             train if len(train.user) else None,
             serving,
@@ -350,7 +350,8 @@ def _trained(options: argparse.Namespace, serving: ServingSettings, train: "Colu
     return train_release(source, settings, serving, publish=False).release
 
 
-def _loaded(name: str, serving: ServingSettings) -> "LoadedRelease":
+def load_release(name: str, serving: ServingSettings) -> "LoadedRelease":
+    """A release by its name, or the published one by `current`."""
     from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
     from afterclick.serving.releases import LoadedRelease, ReleaseStore
 
@@ -358,7 +359,7 @@ def _loaded(name: str, serving: ServingSettings) -> "LoadedRelease":
     if name == "current":
         published = store.current()
         if published is None:
-            raise ConfigError(f"evaluate: {serving.releases}: nothing is published yet")
+            raise ConfigError(f"{serving.releases}: nothing is published yet")
         name = published.release
     folder = store.fetch(name)
     sha256 = sha256_of(folder / MANIFEST_NAME)

@@ -40,6 +40,7 @@ from afterclick.serving.manifest import (
     SELF_TEST_NAME,
     STEP_NAME,
     STEP_VECTORS_NAME,
+    Compression,
     EncoderSpec,
     ItemRow,
     ItemTable,
@@ -196,6 +197,7 @@ def write_release(
     items_offset: Sequence[int] = (),
     signals_offset: int = 0,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    compression: Compression | None = None,
     seed: int = 0,
     blend: FittedBlend | None = None,
     memory: Memory | None = None,
@@ -236,6 +238,7 @@ def write_release(
         signals_offset=signals_offset,
         metrics={name: dict(values) for name, values in (metrics or {}).items()},
         encoder=None if tables.encoder is None else tables.encoder.spec,
+        compression=compression,
         files={},
     )
     files = [*FILES, *([] if tables.encoder is None else [ENCODER_NAME])]

@@ -61,9 +61,9 @@ class Fitted(NamedTuple):
     """Weights of the best epoch."""
 
 
-Guide = Callable[[Recommender, torch.Tensor, I64], torch.Tensor]
-"""From the model, hidden states (X, H) and the positions (X) of what each predicts: a loss that is
-added to a batch's own.
+Guide = Callable[[Recommender, torch.Tensor, Sequences, I64], torch.Tensor]
+"""From the model, hidden states (X, H), the part learnt from and the positions (X) of what each
+predicts: a loss that is added to a batch's own.
 """
 
 
@@ -277,7 +277,7 @@ def _epoch(
         loss = next_item_loss(scored, settings)
         mean = loss / len(next_X)
         if guide is not None:
-            mean = mean + guide(model, h_XH, next_X)
+            mean = mean + guide(model, h_XH, part, next_X)
         mean.backward()  # type: ignore[no-untyped-call]
         run.optimiser.step(rows, run.optimiser.gradients(rows), rate_at(run.step))
         run.step += 1

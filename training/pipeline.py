@@ -21,7 +21,7 @@ import torch
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.manifest import ItemRow, ItemTable, Manifest
+from afterclick.serving.manifest import Compression, ItemRow, ItemTable, Manifest
 from afterclick.serving.memory import Memory, memory_of, moves_of
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
@@ -113,6 +113,7 @@ def train_release(
     publish: bool = True,
     resume: bool = False,
     guide: Guide | None = None,
+    compression: Compression | None = None,
     teller: Teller | None = None,
 ) -> Outcome:
     """Train, export, check, store and publish.
@@ -125,6 +126,7 @@ def train_release(
         publish: make it the release to serve.
         resume: go on from the checkpoint beside the releases.
         guide: a further loss, see `fit`.
+        compression: what the manifest says of it.
         teller: told of every stage.
 
     Raises:
@@ -160,7 +162,7 @@ def train_release(
     tested = _test(test, data, fitted, tables, blend, memory, serving, teller)
     teller.stage("export")
     manifest = _export(
-        source, data, fitted, tables, blend, memory, metrics, tested, settings, serving
+        source, data, fitted, tables, blend, memory, metrics, tested, settings, serving, compression
     )
     _keep_weights(fitted, data, manifest.release, serving)
     publication = None
@@ -440,6 +442,7 @@ def _export(
     tested: dict[str, dict[str, float]],
     settings: TrainingSettings,
     serving: ServingSettings,
+    compression: Compression | None,
 ) -> Manifest:
     """Write the release, let it through the gate, and move it to its place."""
     now = datetime.now(UTC)
@@ -459,6 +462,7 @@ def _export(
             seed=settings.seed,
             blend=blend,
             memory=memory,
+            compression=compression,
         )
         real = data.held.sequences if data.held is not None else data.everything
         passed = check_release(folder, fitted.model, tables, real, seed=settings.seed, blend=blend)
