@@ -25,6 +25,7 @@ from afterclick.serving.features import (
     RECENT,
     Past,
     Pool,
+    Published,
     Scored,
     columns_of,
     describe,
@@ -33,6 +34,7 @@ from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import UNKNOWN, Memory
 from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
 from afterclick.serving.records import INTERACTION_BYTES
+from afterclick.serving.trails import ranges
 
 USERS_MAX = 64
 """Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
@@ -43,7 +45,7 @@ PAIRS_MAX = 1 << 24
 _INTERACTION = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
 
 
-SOURCES = ("model", "transitions", "repeats", "popularity", "neighbours")
+SOURCES = ("model", "transitions", "repeats", "popularity", "neighbours", "publication")
 """Where candidates come from."""
 
 
@@ -66,6 +68,7 @@ class Rows(NamedTuple):
     code_of_row: I64
     """Negative for a row that holds nothing."""
     hidden_N: npt.NDArray[np.bool_]
+    published: Published
 
 
 class Candidates(NamedTuple):
@@ -200,13 +203,20 @@ def gather(
     )
     keys = [user_E * num_codes + code_E]
     user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
-    keys.append(user_E * num_codes + memory.next.item_A[at_E])
+    followers = [user_E * num_codes + memory.next.item_A[at_E]]
+    for place in (1, 2) if spec.older else ():
+        user_E, at_E = memory.next.find(past.item_BL[:, place], spec.older)
+        followers.append(user_E * num_codes + memory.next.item_A[at_E])
+    keys.append(np.concatenate(followers))
     own_BL = past.item_BL[:, : spec.own]
     user_E, place_E = np.nonzero(own_BL >= 0)
     keys.append(user_E * num_codes + own_BL[user_E, place_E])
     popular = memory.popular if spec.popular else memory.popular[:0]
+    if spec.touched:
+        popular = np.concatenate([popular, memory.touched(spec.touched)])
     keys.append((np.arange(num_users)[:, None] * num_codes + popular).ravel())
     keys.append(_best_near(near, spec.neighbours, num_users, memory))
+    keys.append(_published_last(rows.published, past.now_ms_B, spec.newest, num_codes))
     key_E = np.concatenate(keys)
     key_E = key_E[~rows.hidden_N[key_E % num_codes]]
     if len(dropped):
@@ -215,7 +225,7 @@ def gather(
     row_R = rows.row_N[pool.code_R]
     own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R)
-    feature_RF = describe(pool, past, memory, scored, near)
+    feature_RF = describe(pool, past, memory, scored, near, rows.published)
     return Candidates(pool, feature_RF, _sources(pool, keys) if tell_sources else None)
 
 
@@ -247,12 +257,16 @@ def past_of(contexts: Sequence[Context], memory: Memory) -> Past:
 def rows_of(memory: Memory, catalog: Catalog) -> Rows:
     """Where the memory's items stand; catalogue items that it lacks are numbered first."""
     memory.know(catalog.ids)
+    memory.know(catalog.published_ms)
     row_N = np.array([-1 if row is None else row for row in map(catalog.row, memory.ids)], np.int64)
     code_of_row = np.full(len(catalog.scan_vectors_ND), UNKNOWN, np.int64)
     with_row = np.flatnonzero(row_N >= 0)
     code_of_row[row_N[with_row]] = with_row
     hidden_N = np.array([not catalog.is_available(item_id) for item_id in memory.ids], bool)
-    return Rows(row_N, code_of_row, hidden_N)
+    ms_N = np.array([catalog.published_ms.get(item_id, 0) for item_id in memory.ids], np.int64)
+    order = np.lexsort((memory.hash_N, ms_N))  # of the same time by hash, which no code decides
+    order = order[ms_N[order] > 0]
+    return Rows(row_N, code_of_row, hidden_N, Published(ms_N, ms_N[order], order))
 
 
 def _of_model(
@@ -298,6 +312,14 @@ def _best_near(
     place = np.arange(len(order)) - pool.begin_B1[pool.user_R[order]]
     best: I64 = pool.key_R[order[place < num_best]]
     return best
+
+
+def _published_last(published: Published, now_ms_B: I64, num: int, num_codes: int) -> I64:
+    """Keys of the last items published by each user's time."""
+    end_B = np.searchsorted(published.sorted_ms, now_ms_B, side="right")
+    count_B = np.minimum(end_B, num)
+    user_E = np.repeat(np.arange(len(now_ms_B)), count_B)
+    return user_E * num_codes + published.sorted_code[ranges(end_B - count_B, count_B)]
 
 
 def _sources(pool: Pool, keys: Sequence[I64]) -> npt.NDArray[np.uint8]:

@@ -46,6 +46,8 @@ class ItemVersion(Encodable, Protocol):
     def item_id(self) -> str: ...  # noqa: D102
     @property
     def available(self) -> bool: ...  # noqa: D102
+    @property
+    def published_ms(self) -> int | None: ...  # noqa: D102
 
 
 class Seen(NamedTuple):
@@ -85,6 +87,10 @@ class Catalog:
             self._add_hash(item_hash(item_id), row)
         self._encoder = encoder
         self._categories = {} if encoder is not None else _rows_by_category(rows)
+        self.published_ms: dict[str, int] = {
+            item.item_id: item.published_ms for item in rows.items if item.published_ms is not None
+        }
+        """Of the items that say so, with or without a row."""
         self._unavailable: set[str] = set()
         self._hidden: dict[int, F32] = {}
         self.matrix_changed = True
@@ -178,6 +184,8 @@ class Catalog:
         self.offsets[partition] = offset + 1
         if item is None:
             return
+        if item.published_ms is not None:
+            self.published_ms[item.item_id] = item.published_ms
         if item.item_id not in self._row_by_id:
             self._add(item, Seen(partition, offset))
         self._set_available(item.item_id, available=item.available)

@@ -41,6 +41,9 @@ NEIGHBOUR_FEATURES = ("near", "near_share")
 TRANSITION_FEATURES = ("next", "next_new", "skip", "older", "back", "pair", "next_day")
 REPEAT_FEATURES = ("is_last", "is_second", "is_third", "is_older", "times")
 POPULARITY_FEATURES = ("popular", *_HEATS, "untouched", "age")
+PUBLICATION_FEATURES = ("published", "published_gap", "newer", "unclicked")
+"""By the catalogue: since when, against the user's last item, and how many came out since."""
+
 CONTEXT_FEATURES = ("length", "clicks", "last_count", "pair_count", "repeats", "idle")
 """Of the user alone: what the others are worth depends on them."""
 
@@ -50,10 +53,11 @@ FEATURES = (
     *TRANSITION_FEATURES,
     *REPEAT_FEATURES,
     *POPULARITY_FEATURES,
+    *PUBLICATION_FEATURES,
     *CONTEXT_FEATURES,
 )
 
-TIMED = ("next_day", *_HEATS[:-1], "untouched", "age", "idle")
+TIMED = ("next_day", *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES)
 """These say nothing where a log has no times."""
 
 MODEL_FLOOR = -14.0
@@ -111,6 +115,16 @@ class Pool:
         return np.bincount(row, weight, len(self)).astype(np.float64)
 
 
+class Published(NamedTuple):
+    """When items were published, as the catalogue says."""
+
+    ms_N: I64
+    """0 where it does not say."""
+    sorted_ms: I64
+    """Of those that it says, rising."""
+    sorted_code: I64
+
+
 class Scored(NamedTuple):
     """The model's scores."""
 
@@ -126,6 +140,7 @@ def describe(
     memory: Memory,
     scored: Scored,
     near: tuple[I64, I64, F64],
+    published: Published,
 ) -> F32:
     """(R, F) all features of all candidates, in the order of `FEATURES`.
 
@@ -135,6 +150,7 @@ def describe(
         memory: as it is now.
         scored: what the model says.
         near: what the session neighbours say: user, code and score of every entry.
+        published: what the catalogue says.
     """
     out_FR = np.zeros((len(FEATURES), len(pool)), np.float32)
     user_R, code_R = pool.user_R, pool.code_R
@@ -153,6 +169,7 @@ def describe(
     _repeats(put, pool, past)
     put("popular", _log(share_R + 1e-6))
     _heats(put, pool, past, memory)
+    _publication(put, pool, past, memory, published)
     put("length", _log(1.0 + past.length_B)[user_R])
     put("clicks", _log(1.0 + past.clicks_B)[user_R])
     idle_B = np.maximum(past.now_ms_B - past.last_ms_B, 0)
@@ -272,6 +289,23 @@ def _heats(put: Put, pool: Pool, past: Past, memory: Memory) -> None:
         put(name, own_R - all_R)
     put("untouched", _age(now_R - memory.last_ms_N[code_R], memory.count_N[code_R]))
     put("age", _age(now_R - memory.first_ms_N[code_R], memory.count_N[code_R]))
+
+
+def _publication(put: Put, pool: Pool, past: Past, memory: Memory, published: Published) -> None:
+    code_R, user_R = pool.code_R, pool.user_R
+    ms_R = published.ms_N[code_R]
+    known_R = ms_R > 0
+    age_R = np.maximum(past.now_ms_B[user_R] - ms_R, 0) / HOUR_MS
+    put("published", np.where(known_R, _log(age_R + 0.1), 12.0))
+    last_B = past.item_BL[:, 0]
+    last_ms_B = np.where(last_B >= 0, published.ms_N[np.maximum(last_B, 0)], 0)
+    gap_R = (ms_R - last_ms_B[user_R]) / HOUR_MS
+    gap_R = np.where(known_R & (last_ms_B[user_R] > 0), gap_R, 0.0)
+    put("published_gap", np.sign(gap_R) * _log(1.0 + np.abs(gap_R)))
+    out_B = np.searchsorted(published.sorted_ms, past.now_ms_B, side="right")
+    newer_R = out_B[user_R] - np.searchsorted(published.sorted_ms, ms_R, side="right")
+    put("newer", np.where(known_R, _log(1.0 + np.maximum(newer_R, 0)), 12.0))
+    put("unclicked", (memory.count_N[code_R] == 0).astype(np.float32))
 
 
 def _age(ms_R: I64, count_R: I64) -> F64:

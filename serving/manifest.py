@@ -110,6 +110,12 @@ class BlendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The user's own last items."""
     popular: bool = True
     """What is popular by any measure."""
+    older: Annotated[int, Meta(ge=0, le=256)] = 0
+    """Newest transitions out of the second and the third last item."""
+    touched: Annotated[int, Meta(ge=0, le=256)] = 0
+    """Items that anybody touched last."""
+    newest: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Items published last, by what the catalogue says, touched or not."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

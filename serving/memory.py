@@ -42,6 +42,9 @@ TICKS = 64
 POPULAR = 24
 """Items that are popular by one measure."""
 
+TOUCHED_MOVES = 512
+"""Newest moves whose items are known as touched last."""
+
 POPULAR_EVERY = 64
 """The popular are looked for again after so many moves, or one 256th of the items: a look costs
 about as much as reading all items once.
@@ -99,6 +102,8 @@ class Memory:
         """When each heat was right."""
         self.popular = np.zeros(0, np.int64)
         """Codes of the popular items, as of the last look."""
+        self.recent = np.zeros(0, np.int64)
+        """Codes of the last `TOUCHED_MOVES` moves, oldest first."""
         self.total_heat_H = np.zeros(num_heats)
         self.total_tick_H = np.zeros(num_heats, np.int64)
         self.sessions = index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0)
@@ -203,6 +208,13 @@ class Memory:
         age_EH = np.maximum(self.ticks(now_ms) - self.tick_NH[code_E], 0)
         return self.heat_NH[code_E] * fall(age_EH)
 
+    def touched(self, num: int) -> I64:
+        """Codes of the items touched last, newest first, as far as the last moves tell."""
+        backward = self.recent[::-1]
+        codes, first = np.unique(backward, return_index=True)
+        last: I64 = codes[np.argsort(first)][:num]
+        return last
+
     def ticks(self, now_ms: int) -> I64:
         """(H,) time in ticks of each half-life."""
         ticks = [now_ms * TICKS // half_life for half_life in HALF_LIVES_MS]
@@ -247,6 +259,7 @@ class Memory:
         self._warm(item_M, ms_M)
         self.clock_ms = max(self.clock_ms, int(ms_M.max()))
         self.moves += len(item_M)
+        self.recent = np.concatenate([self.recent, item_M])[-TOUCHED_MOVES:]
         last_M = before_M3[:, 0]
         known = last_M >= 0
         self.next.push(last_M[known], item_M[known], before_M3[known, 1], ms_M[known])
@@ -351,6 +364,7 @@ _PLAIN = (
     "heat_NH",
     "tick_NH",
     "popular",
+    "recent",
     "total_heat_H",
     "total_tick_H",
 )

@@ -275,9 +275,7 @@ def self_test(folder: Path, engine: Engine, blend: Blend | None = None) -> None:
         raise ContractError(f"{where}: cannot run: {error!r}", reason="self-test") from error
 
 
-def replayed(
-    data: Mapping[str, Any], engine: Engine, blend: Blend | None = None
-) -> dict[str, F32]:
+def replayed(data: Mapping[str, Any], engine: Engine, blend: Blend | None = None) -> dict[str, F32]:
     """What a self-test compares: outputs by name, for its recorded inputs."""
     state_BS = engine.advance(
         data["state"],

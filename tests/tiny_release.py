@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from afterclick.serving.blend import Blend
 from afterclick.serving.engine import Engine
-from afterclick.serving.features import FEATURES
+from afterclick.serving.features import FEATURES, PUBLICATION_FEATURES
 from afterclick.serving.manifest import (
     BLEND_NAME,
     ENCODER_NAME,
@@ -44,6 +44,10 @@ from afterclick.serving.text import TEXT_VERSION, bucket, features
 from afterclick.training.blend_graph import blend_graph
 
 ENCODER_BUCKETS = 1 << 12
+
+
+_BLENDED = [name for name in FEATURES if name not in PUBLICATION_FEATURES]
+"""These items say nothing of their publication."""
 
 
 def write_tiny_release(
@@ -88,7 +92,7 @@ def write_tiny_release(
     )
     files: tuple[str, ...] = FILES
     if blend:
-        manifest = msgspec.structs.replace(manifest, blend=BlendSpec(features=list(FEATURES)))
+        manifest = msgspec.structs.replace(manifest, blend=BlendSpec(features=_BLENDED))
         _write_blend(folder, [item.item_id for item in items], rng)
         files += (BLEND_NAME, MEMORY_NAME)
     if encoder:
@@ -143,7 +147,7 @@ def _write_self_test(folder: Path, manifest: Manifest, rng: np.random.Generator)
 
 def _write_blend(folder: Path, ids: list[str], rng: np.random.Generator) -> None:
     """Random weights, and the memory of a thousand random moves of twenty users."""
-    width, units = len(FEATURES), 8
+    width, units = len(_BLENDED), 8
     layers = [
         (rng.standard_normal(shape).astype(np.float32), np.zeros(shape[1], np.float32))
         for shape in ((width, units), (units, 1))

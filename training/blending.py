@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -45,6 +46,11 @@ PREDICTIONS_MIN = 200
 USERS = 64
 """Predictions described at once; no result depends on it."""
 
+USERS_LIVE = 8
+"""The same where the memory moves on with every such group: what it learns of the others comes that
+late, as to a list that stands for some minutes.
+"""
+
 BATCH = 256
 """Predictions."""
 RATE = 3e-3
@@ -57,11 +63,18 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     "transitions": features.TRANSITION_FEATURES,
     "repeats": features.REPEAT_FEATURES,
     "popularity": features.POPULARITY_FEATURES,
+    "publication": features.PUBLICATION_FEATURES,
 }
 """What an ablation leaves out, by its row's name; candidates that only this source names, too."""
 
 ALL_SOURCES = (1 << len(SOURCES)) - 1
 MODEL_SOURCE = 1 << SOURCES.index("model")
+
+LIVE = (64, 80, 60)
+"""`older`, `touched` and `newest` of the spec: further candidates where the memory is live. On the
+news stream before its cut they lift the share of clicked items that are candidates from 83.9% to
+92.7%.
+"""
 
 Arrivals = tuple[I64, I64, I64]
 """Moves as `Memory.take` wants them."""
@@ -181,7 +194,10 @@ def asked_of(
     at_X = np.flatnonzero(held.target_P)
     start_X = sequences.start_S1[sequences.sequence_numbers()[at_X]]
     begin_X = np.maximum(start_X, at_X - history)
-    last_X = at_X - 1 if sequences.time_P is None else sequences.time_P[at_X - 1]
+    if sequences.time_P is None:
+        last_X = at_X - 1
+    else:  # a newcomer has no last time, and is asked now
+        last_X = sequences.time_P[np.where(at_X > start_X, at_X - 1, at_X)]
     contexts = [
         Context(data[begin * INTERACTION_BYTES : end * INTERACTION_BYTES], clicks, now, now)
         for begin, end, clicks, now in zip(
@@ -220,6 +236,9 @@ def fit_blend(
     """
     names = [name for name in FEATURES if asked.time_X is not None or name not in TIMED]
     spec = BlendSpec(features=names, sessions=settings.blend_sessions)
+    if arrivals is not None:
+        older, touched, newest = LIVE
+        spec = msgspec.structs.replace(spec, older=older, touched=touched, newest=newest)
     rng = np.random.default_rng([settings.seed, 1])
     num = len(asked.target_X)
     is_late_X = np.zeros(num, bool)
@@ -305,8 +324,9 @@ def _described(
     memory, catalog, scanner = knowledge
     order = _order(asked)
     taken, rows = 0, rows_of(memory, catalog)
-    for begin in range(0, len(order), USERS):
-        part = order[begin : begin + USERS]
+    size = USERS if arrivals is None else USERS_LIVE
+    for begin in range(0, len(order), size):
+        part = order[begin : begin + size]
         if arrivals is not None and asked.time_X is not None:
             until = int(np.searchsorted(arrivals[1], asked.time_X[part[0]]))
             memory.take(*(column[taken:until] for column in arrivals))

@@ -302,9 +302,15 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--retrain-every", default="24h", help="live: event time between releases (24h); 0: never"
     )
+    parser.add_argument(
+        "--renew-every", default="5m", help="live: event time between renewals of lists (5m)"
+    )
+    parser.add_argument(
+        "--renew-users", type=int, default=10_000, help="live: users of one, 0: none (10000)"
+    )
     parser.add_argument("--filter-seen", action="store_true", help="no item a second time")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table, live: the curve")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     add_click_columns(parser)
     add_item_columns(parser)
@@ -314,7 +320,9 @@ def _evaluate_parser() -> argparse.ArgumentParser:
 def _live(options: argparse.Namespace, serving: ServingSettings, clicks: "Columns") -> int:
     from afterclick.streams.demo_source import from_files
     from afterclick.streams.replay import Pace
+    from afterclick.training.prequential import Pace as LivePace
     from afterclick.training.prequential import describe_live, run_live
+    from afterclick.training.report import write_curve
     from afterclick.training.schedule import parse_period
 
     every_s = 0.0 if options.retrain_every == "0" else parse_period(options.retrain_every)
@@ -332,9 +340,15 @@ def _live(options: argparse.Namespace, serving: ServingSettings, clicks: "Column
         clicks,
         training_settings(os.environ, options.config, {}),
         serving,
-        retrain_every_h=every_s / 3600,
+        LivePace(
+            retrain_every_h=every_s / 3600,
+            renew_every_s=parse_period(options.renew_every),
+            renew_users_max=options.renew_users,
+        ),
         tell=lambda line: logging.getLogger(__name__).warning("%s", line),
     )
+    if options.plot is not None:
+        write_curve(options.plot, f"live: {options.clicks.name}", live)
     text = msgspec.json.encode(live).decode() + "\n" if options.json else describe_live(live)
     sys.stdout.write(text)
     return 0

@@ -114,6 +114,8 @@ def train_release(
     resume: bool = False,
     guide: Guide | None = None,
     compression: Compression | None = None,
+    baselines: bool = True,
+    on_blend: Callable[[FittedBlend], None] = lambda blend: None,
     teller: Teller | None = None,
 ) -> Outcome:
     """Train, export, check, store and publish.
@@ -127,6 +129,8 @@ def train_release(
         resume: go on from the checkpoint beside the releases.
         guide: a further loss, see `fit`.
         compression: what the manifest says of it.
+        baselines: rank the validation part by them, too.
+        on_blend: told of the blend that goes into the release.
         teller: told of every stage.
 
     Raises:
@@ -149,7 +153,7 @@ def train_release(
         bad_records=source.num_bad,
     )
     fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
-    metrics = _metrics(data, fitted, serving, teller)
+    metrics = _metrics(data, fitted, serving, teller) if baselines else {}
     blend = _blend(source, data, fitted, settings, serving, teller)
     if blend is not None:
         metrics.update(blend.judged)
@@ -159,6 +163,7 @@ def train_release(
     memory = None
     if blend is not None:
         memory = _memory(data.everything, data, settings)
+        on_blend(blend)
     tested = _test(test, data, fitted, tables, blend, memory, serving, teller)
     teller.stage("export")
     manifest = _export(
@@ -259,8 +264,14 @@ def _start(
 
 
 def _keep_weights(fitted: Fitted, data: Data, release: str, serving: ServingSettings) -> None:
+    """Those of the best epoch, from before the last passes: these have met all clicks so far, and
+    the next run must hold out some that its beginning has not met.
+    """
     folder = _side_folder(serving, WEIGHTS)
+    final = {name: value.clone() for name, value in fitted.model.state_dict().items()}
+    fitted.model.load_state_dict(fitted.validation_state)
     save_weights(folder / f"{release}.pt", fitted.model, data.item_ids)
+    fitted.model.load_state_dict(final)
     by_age = sorted(folder.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
     for path in by_age[:-WEIGHTS_MAX]:
         path.unlink()
@@ -335,6 +346,12 @@ def _blend(
             )
         log.info("no blend: fewer than %d validation predictions", PREDICTIONS_MIN)
         return None
+    live = settings.blend_memory == "live" or (
+        settings.blend_memory == "auto" and source.snapshot.source.startswith("kafka:")
+    )
+    arrivals = _arrivals(data) if live and data.train.time_P is not None else None
+    if arrivals is not None:
+        held, asked = _with_first_clicks(held), _with_first_clicks(asked)
     model = fitted.model
     final = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(fitted.validation_state)
@@ -346,10 +363,6 @@ def _blend(
     question = asked_of(
         asked, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
     )
-    live = settings.blend_memory == "live" or (
-        settings.blend_memory == "auto" and source.snapshot.source.startswith("kafka:")
-    )
-    arrivals = _arrivals(data) if live and data.train.time_P is not None else None
     blend = fit_blend(question, _knowledge(memory, tables), settings, arrivals=arrivals)
     teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
     return blend
@@ -373,6 +386,15 @@ def _arrivals(data: Data) -> tuple[I64, I64, I64]:
     assert data.asked is not None  # whole sequences were held out, while others went on
     held = data.asked.sequences
     return moves_of(held.start_S1, held.item_P, held.time_P)
+
+
+def _with_first_clicks(held: Held) -> Held:
+    """Newcomers, too, are asked for: their lists are the blend's, from nothing but the memory."""
+    sequences, target_P = held.sequences, held.target_P.copy()
+    assert sequences.time_P is not None
+    first_S = sequences.start_S1[:-1]
+    target_P[first_S[sequences.time_P[first_S] >= sequences.time_P[target_P].min()]] = True
+    return Held(sequences, target_P)
 
 
 def _knowledge(memory: Memory, tables: Tables) -> Knowledge:

@@ -5,9 +5,13 @@ Knows no release; whoever calls it says where the picture goes.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afterclick.training.baselines import BASELINES
 from afterclick.training.fit import Epoch
+
+if TYPE_CHECKING:
+    from afterclick.training.prequential import Live
 
 
 def write_report(
@@ -90,6 +94,32 @@ def write_comparison(
         axes.set_xlim(left=0)
         axes.set_title(label, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def write_curve(path: Path, title: str, live: "Live") -> None:
+    """Draw a prequential evaluation's HR@20 over event time as a PNG; its folder is made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    days = [point.hours / 24 for point in live.curve]
+    for label, name, color, style in (
+        ("at the click", "hit_rate_20", "black", "-"),
+        ("standing in Redis", "standing_hit_rate_20", "black", "--"),
+        ("Markov, then popularity 24 h", "markov_popularity_hit_rate_20", "0.55", "-"),
+    ):
+        rates = [100 * getattr(point, name) for point in live.curve]
+        axes.plot(days, rates, label=label, color=color, linestyle=style, marker="o")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("days since live began")
+    axes.set_title("HR@20, %, of the clicks since the point before", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.suptitle(title, fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from afterclick.serving.blend import Context
+from afterclick.serving.blend import Context, gather, rows_of
 from afterclick.serving.errors import ContractError
+from afterclick.serving.features import FEATURES
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, read_manifest
-from afterclick.serving.memory import Move
+from afterclick.serving.memory import HOUR_MS, Move
 from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import Interaction, item_hash, pack_interaction
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
@@ -152,3 +153,35 @@ def test_a_manifest_names_the_blends_files_or_none(tmp_path: Path) -> None:
         (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(torn))
         with pytest.raises(ContractError, match="manifest names files"):
             read_manifest(folder)
+
+
+def test_items_published_last_are_candidates_before_anybody_clicks(tmp_path: Path) -> None:
+    """Most clicks on news go to what has just come out; what is not out yet is nobody's."""
+    write_tiny_release(tmp_path / "r1", blend=True)
+    manifest = read_manifest(tmp_path / "r1")
+    assert manifest.blend is not None
+    publication = Publication(number=1, release="r1", sha256=digest_of(tmp_path / "r1"))
+    loaded = LoadedRelease(publication, tmp_path / "r1", SETTINGS)
+    assert loaded.memory is not None
+    now_ms = 1 << 40
+    for offset in range(9):
+        ms = now_ms + (offset - 7) * HOUR_MS
+        loaded.catalog.apply(Item(item_id=f"n{offset}", published_ms=ms), 0, offset)
+    query_BD, contexts = some(loaded, 3)
+
+    def candidates(newest: int) -> list[set[str]]:
+        spec = msgspec.structs.replace(manifest.blend, newest=newest, popular=False)
+        rows = rows_of(loaded.memory, loaded.catalog)
+        found = gather(spec, query_BD, contexts, loaded.memory, rows, loaded.scanner, 30)
+        names = [loaded.memory.ids[code] for code in found.pool.code_R.tolist()]
+        published = found.feature_RF[:, FEATURES.index("published")]
+        out = [set() for _ in contexts]
+        for user, name, value in zip(found.pool.user_R, names, published.tolist(), strict=True):
+            if name.startswith("n"):
+                out[user].add(name)
+                age_h = 7 - int(name[1:])
+                assert value == pytest.approx(np.log(age_h + 0.1), abs=1e-5)
+        return out
+
+    assert candidates(3) == [{"n5", "n6", "n7"}] * 3
+    assert candidates(0) == [set()] * 3

@@ -8,7 +8,14 @@ import pytest
 
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import MEMORY_NAME, Manifest
-from afterclick.serving.memory import HALF_LIVES_MS, Memory, Move, memory_of, moves_of
+from afterclick.serving.memory import (
+    HALF_LIVES_MS,
+    TOUCHED_MOVES,
+    Memory,
+    Move,
+    memory_of,
+    moves_of,
+)
 from afterclick.serving.neighbours import index_sessions, neighbour_items
 from afterclick.serving.records import item_hash
 from afterclick.serving.trails import WINDOW, Trails
@@ -149,3 +156,15 @@ def test_a_memory_of_other_items_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r1" / MEMORY_NAME).write_bytes(b"PK")
     with pytest.raises(ContractError, match="cannot be read"):
         Memory.from_release(tmp_path / "r1", manifest, ids)
+
+
+def test_what_was_touched_last_is_known_newest_first() -> None:
+    """Distinct items, whoever touched them, as far back as the moves are kept."""
+    memory = Memory(["a", "b", "c"])
+    memory.absorb([Move(name, 2, 1, ()) for name in "abcab"])
+
+    assert [memory.ids[code] for code in memory.touched(10).tolist()] == ["b", "a", "c"]
+    assert len(memory.touched(2)) == 2
+    memory.absorb([Move("c", 2, 2, ())] * TOUCHED_MOVES)
+    assert memory.touched(10).tolist() == [2]
+    assert len(memory.recent) == TOUCHED_MOVES

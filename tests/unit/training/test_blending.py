@@ -12,7 +12,14 @@ from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.manifest import BLEND_NAME, MEMORY_NAME, ItemRow, ItemTable
 from afterclick.serving.memory import memory_of, moves_of
-from afterclick.training.blending import Asked, Knowledge, asked_of, blend_rankings, fit_blend
+from afterclick.training.blending import (
+    USERS_LIVE,
+    Asked,
+    Knowledge,
+    asked_of,
+    blend_rankings,
+    fit_blend,
+)
 from afterclick.training.cli import evaluate, train
 from afterclick.training.data import build_log, held_out, split
 from tests.unit.training.test_trial import files  # noqa: F401
@@ -102,7 +109,7 @@ def test_a_live_memory_knows_no_click_that_has_not_come_yet() -> None:
     asked, knowledge, arrivals, before = question()
     blend = fit_blend(asked, knowledge, quick(blend_epochs=2), arrivals=arrivals)
     assert asked.time_X is not None
-    newest = np.sort(asked.time_X)[(len(asked.time_X) - 1) // 64 * 64]
+    newest = np.sort(asked.time_X)[(len(asked.time_X) - 1) // USERS_LIVE * USERS_LIVE]
     assert knowledge.memory.moves - before == (arrivals[1] < newest).sum()
     assert blend.judged["blend"]["predictions"] == round(0.2 * len(asked.target_X))
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from afterclick.serving.errors import ConfigError
+from afterclick.streams.events import Click
 from afterclick.training import prequential
 from afterclick.training.cli import evaluate
+from afterclick.training.prequential import Pace, Renewals
 from tests.unit.training.worlds import ring
 
 HOUR_MS = 3600 * 1000
@@ -19,12 +21,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten hours of clicks in which users go on; a new item of a known category late."""
     monkeypatch.setenv("AFTERCLICK_SERVING__PROVIDER", "cpu")
     monkeypatch.setenv("AFTERCLICK_SERVING__RELEASES", str(tmp_path / "releases"))
-    world = ring(num_users=40, length=12)
-    rows = [
-        f"{user},{item},{START_MS + at * 10 * HOUR_MS // len(world.user)}"
-        for at, (user, item) in enumerate(zip(world.user, world.item, strict=True))
-    ]
-    (tmp_path / "clicks.csv").write_text("user_id,item_id,timestamp_ms\n" + "\n".join(rows))
+    write_clicks(tmp_path / "clicks.csv", num_users=40)
     items = [f"i{n:03d},c{n % 3},{START_MS}" for n in range(40)]
     items.append(f"new,c0,{START_MS + 9 * HOUR_MS}")
     (tmp_path / "items.csv").write_text("item_id,categories,published_ms\n" + "\n".join(items))
@@ -32,6 +29,15 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'units = 16\ndim = 16\nepochs = 2\nbatch_events = 128\nthreads = 1\ndevice = "cpu"\n'
     )
     return tmp_path
+
+
+def write_clicks(path: Path, num_users: int) -> None:
+    world = ring(num_users=num_users, length=12)
+    rows = [
+        f"{user},{item},{START_MS + at * 10 * HOUR_MS // len(world.user)}"
+        for at, (user, item) in enumerate(zip(world.user, world.item, strict=True))
+    ]
+    path.write_text("user_id,item_id,timestamp_ms\n" + "\n".join(rows))
 
 
 def live(files: Path, *arguments: str) -> list[str]:
@@ -65,12 +71,60 @@ def test_every_live_click_is_judged_once_and_releases_are_swapped_in(
     assert [point["hours"] for point in found["curve"]] == [2, 4, 6]
     assert sum(point["clicks"] for point in found["curve"]) == 240
     assert set(found["methods"]) == set(prequential.METHODS)
-    for number, name in enumerate(("standing", "at_click")):
+    columns = [name for name in ("standing", "at_click") if name in found["methods"]]
+    for number, name in enumerate(columns):
         lists = judged[number::2]
         hits = [item in items for items, item in lists]
         assert all(len(items) == 20 for items, _ in lists)
         assert found["methods"][name]["hit_rate_20"] == pytest.approx(sum(hits) / len(hits))
     assert not (files / "releases").exists(), "nothing of an evaluation is published"
+    assert found["pace"] == {
+        "retrain_every_h": 2,
+        "renew_every_s": 300,
+        "renew_users_max": 10_000,
+    }
+    assert found["us_per_list"] > 0
+
+
+def test_only_lists_that_somebody_is_judged_by_are_renewed() -> None:
+    """The others would be replaced unseen: judged is the same, the work a hundredth."""
+    clicks = [
+        Click(user_id=user, item_id="i", timestamp_ms=second * 1000)
+        for user, second in (("a", 10), ("b", 290), ("c", 310), ("a", 900))
+    ]
+    renewals = Renewals(clicks, Pace(renew_every_s=300, renew_users_max=2), 0)
+    recent = ["c", "b", "a"]
+
+    def due(second: int, *, at_once: bool = False) -> list[str]:
+        return renewals.due(lambda limit: recent[:limit], second * 1000, at_once=at_once)
+
+    assert due(10) == ["b"], "a is not among the two users who clicked last"
+    assert due(290) == []
+    assert due(290, at_once=True) == ["b"], "a release starts a pass of its own"
+    assert due(310) == ["c"]
+    recent[:] = ["a", "c"]
+    assert due(900) == ["a"], "after a silence one pass, the last"
+    assert Renewals(clicks, Pace(renew_users_max=0), 0).due(lambda limit: recent, 10_000) == []
+
+
+def test_lists_know_everybodys_clicks_and_the_curve_is_drawn(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a blend: the memory hears each click, the newcomer's list is the blend's, too."""
+    write_clicks(files / "clicks.csv", num_users=80)
+    config = files / "settings.toml"
+    config.write_text(
+        config.read_text() + 'blend = "on"\nblend_memory = "live"\nvalidation = 0.5\n'
+    )
+    png = files / "curve.png"
+
+    assert evaluate(live(files, "--retrain-every", "0", "--plot", str(png))) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["releases"] == 1
+    assert found["methods"]["at_click"]["hit_rate_20"] > 0.5
+    assert "at_click_without_model" in found["methods"]
+    assert png.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_live_needs_to_know_where_live_begins(files: Path) -> None:
