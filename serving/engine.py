@@ -11,6 +11,8 @@ fewer
 than two rows in a scan, whose item matrix is an input so that items can be added while running.
 """
 
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
 import ctypes
 import logging
 import sys
@@ -18,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +71,17 @@ def choose_provider(wanted: str) -> Provider:
     return "cpu"
 
 
+class Past(NamedTuple):
+    """What B users touched last, newest first, padded to the manifest's M: always the same shape,
+    so that a user's bits do not depend on how long somebody else's past is.
+    """
+
+    x_BME: F32
+    """Step vectors, zeros where there is none."""
+    has_BM: F32
+    """1 where there is one, else 0."""
+
+
 class Engine:
     """The two graphs of one release; safe to call from several threads."""
 
@@ -81,7 +94,8 @@ class Engine:
         self._query = session_of(folder / QUERY_NAME, self.provider, threads)
         state_names = {tensor.name for tensor in manifest.state}
         _check_names(folder.name, STEP_NAME, self._step, state_names | _step_names(manifest))
-        _check_names(folder.name, QUERY_NAME, self._query, state_names)
+        past = {"past", "has_past"} if manifest.inputs.past else set()
+        _check_names(folder.name, QUERY_NAME, self._query, state_names | past)
 
     def zero_state(self, num_users: int) -> F32:
         """(B, S) zeros: the state of a user without a step."""
@@ -134,15 +148,24 @@ class Engine:
             )
         return state
 
-    def query(self, state_BS: F32) -> F32:
-        """(B, D) queries of states; a user's score for item n is `query · scan_vectors[n]`."""
+    def query(self, state_BS: F32, past: Past | None = None) -> F32:
+        """(B, D) queries of states; a user's score for item n is `query · scan_vectors[n]`.
+
+        Args:
+            state_BS: states as records hold them.
+            past: what the same users touched last; needed where the manifest says so.
+        """
         assert len(state_BS) > 0, "an empty call aborts ONNX Runtime"
-        query: F32 = self._query.run(["query"], self.query_feed(state_BS))[0]
+        assert (past is not None) == (self.manifest.inputs.past > 0), "the graph takes it or not"
+        query: F32 = self._query.run(["query"], self.query_feed(state_BS, past))[0]
         return query
 
-    def query_feed(self, state_BS: F32) -> dict[str, F32]:
+    def query_feed(self, state_BS: F32, past: Past | None = None) -> dict[str, Any]:
         """What the query graph is given for these states, by input name."""
-        return self._split(state_BS)
+        feed: dict[str, Any] = dict(self._split(state_BS))
+        if past is not None:
+            feed |= {"past": past.x_BME, "has_past": past.has_BM}
+        return feed
 
     def _split(self, state_BS: F32) -> dict[str, F32]:
         parts: dict[str, F32] = {}

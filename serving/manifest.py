@@ -88,7 +88,9 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
     hour: bool = False
     """Graph also takes `hour` int64 (T, B): hour of the day, UTC."""
     past: Annotated[int, Meta(ge=0, le=64)] = 0
-    """M: the query graph also takes the last M interactions; 0 for none."""
+    """M: the query graph also takes `past` float32 (B, M, E), step vectors of the last M known
+    items, newest first, and `has_past` float32 (B, M), 1 where there is one; 0 for neither.
+    """
 
 
 class BlendSpec(msgspec.Struct, frozen=True, kw_only=True):

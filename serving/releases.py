@@ -20,7 +20,7 @@ import numpy as np
 
 from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import F32, Engine, Scanner
+from afterclick.serving.engine import F32, Engine, Past, Scanner
 from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
 from afterclick.serving.manifest import (
     MANIFEST_NAME,
@@ -33,6 +33,7 @@ from afterclick.serving.manifest import (
     verify_files,
 )
 from afterclick.serving.memory import Memory
+from afterclick.serving.past import past_of
 from afterclick.serving.place import Place
 from afterclick.serving.settings import ServingSettings
 
@@ -90,7 +91,8 @@ class LoadedRelease:
             state_BS = self.engine.advance(
                 state_BS, x_TBE, lens_B, event_TB=codes_TB, gap_TB=codes_TB, hour_TB=codes_TB
             )
-            query_BD = self.engine.query(state_BS)
+            past = past_of([b""] * num_users, self.catalog, self.manifest.inputs.past)
+            query_BD = self.engine.query(state_BS, past)
             self.scanner.top(query_BD, want)
             if self.blend is not None and self.memory is not None:
                 contexts = [Context()] * num_users
@@ -285,7 +287,8 @@ def replayed(data: Mapping[str, Any], engine: Engine, blend: Blend | None = None
         gap_TB=data.get("gap"),
         hour_TB=data.get("hour"),
     )
-    found = {"state_next": state_BS, "query": engine.query(state_BS)}
+    past = Past(data["past"], data["has_past"]) if engine.manifest.inputs.past else None
+    found = {"state_next": state_BS, "query": engine.query(state_BS, past)}
     if blend is not None:
         found["blend_score"] = blend.scores(data["blend_features"])
     return found

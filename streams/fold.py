@@ -22,6 +22,7 @@ from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
 from afterclick.serving.memory import BEFORE, Memory, Move
+from afterclick.serving.past import past_of
 from afterclick.serving.ranking import Ranked, pick, pick_plain, rank_all
 from afterclick.serving.records import (
     INTERACTION_BYTES,
@@ -268,16 +269,23 @@ def rank_states(
         release: the engine and the catalogue to score.
         want: items per list.
         seen: per user, item hashes to leave out.
-        contexts: what the blend must know of the users; None ranks people without a past.
+        contexts: what blend and attention must know of the users; None ranks people without a
+            past.
     """
     ranked: list[Ranked] = []
     size = max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // release.scanner.num_rows))
     for start in range(0, len(states_BS), size):
-        q_BD = release.engine.query(states_BS[start : start + size])
+        own = (contexts or [Context()] * len(states_BS))[start : start + size]
+        past = past_of(
+            [context.interactions for context in own],
+            release.catalog,
+            release.engine.manifest.inputs.past,
+        )
+        q_BD = release.engine.query(states_BS[start : start + size], past)
         if release.blend is not None and release.memory is not None:
             ranked += release.blend.rank(
                 q_BD,
-                (contexts or [Context()] * len(states_BS))[start : start + size],
+                own,
                 release.memory,
                 release.catalog,
                 release.scanner,

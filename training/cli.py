@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from afterclick.training.sources import Source
 
 FLAGS = {
-    "cell": "lstm or gru",
+    "cell": "lstm or gru; to compare with: rnn or attention",
     "layers": "recurrent layers",
     "units": "hidden units of a layer",
     "dim": "length of an item vector",
@@ -62,6 +62,7 @@ def train(argv: Sequence[str]) -> int:
     """Train on clicks from files or from Kafka, and publish the release."""
     options = _train_parser().parse_args(argv)
 
+    from afterclick.training import peers
     from afterclick.training.pipeline import train_release
     from afterclick.training.progress import Bars, JsonLines, Silent, Teller
 
@@ -72,9 +73,12 @@ def train(argv: Sequence[str]) -> int:
     )
     serving = serving_settings(os.environ)
 
+    if peers.join():
+        options.progress = "none" if peers.rank() else options.progress
+        options.json = options.json and not peers.rank()
     bars = Bars()
     tellers: dict[str, Teller] = {"bars": bars, "jsonl": JsonLines(), "none": Silent()}
-    with bars if options.progress == "bars" else nullcontext():
+    with peers.leaving(), bars if options.progress == "bars" else nullcontext():
         source = _source(options)
         test = None
         if options.test is not None:

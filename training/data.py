@@ -72,11 +72,11 @@ class Sequences(NamedTuple):
         """P."""
         return len(self.item_P)
 
-    def hours(self) -> I64:
-        """Hour of day UTC of every position; 0 without times."""
+    def hours(self, at: I64 | slice = slice(None)) -> I64:
+        """Hour of day UTC of every position, or of these; 0 without times."""
         if self.time_P is None:
-            return np.zeros(len(self.item_P), np.int64)
-        return self.time_P // HOUR_MS % 24
+            return np.zeros_like(self.item_P[at])
+        return self.time_P[at] // HOUR_MS % 24
 
     def sizes(self) -> I64:
         """Interactions of each sequence."""

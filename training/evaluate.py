@@ -87,7 +87,11 @@ def model_ranks(
         places.append(question.at_X)
         for begin in range(0, len(question.target_X), rows_max):
             target_X = question.target_X[begin : begin + rows_max]
-            q_XD = model.query(h_XH[begin : begin + rows_max])
+            part = slice(begin, begin + rows_max)
+            past = model.past(
+                step_ND, question.steps.item_TB, question.step_X[part], question.row_X[part]
+            )
+            q_XD = model.query(h_XH[part], past)
             ranks.append(rank_of(torch.addmm(bias_N, q_XD, vector_DN), target_X))
     order = np.argsort(np.concatenate(places))
     return np.concatenate(ranks)[order]

@@ -12,7 +12,7 @@ workers use.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.encoder import ItemEncoder
-from afterclick.serving.engine import Engine, Scanner
+from afterclick.serving.engine import Engine, Past, Scanner
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
     BLEND_NAME,
@@ -53,6 +53,7 @@ from afterclick.serving.manifest import (
     verify_files,
 )
 from afterclick.serving.memory import Memory
+from afterclick.serving.past import past_of_rows
 from afterclick.serving.releases import self_test
 from afterclick.serving.text import TEXT_VERSION
 from afterclick.training.blending import Fitted as FittedBlend
@@ -60,6 +61,7 @@ from afterclick.training.blending import graph_of
 from afterclick.training.data import I64, UNKNOWN, Sequences
 from afterclick.training.graphs import query_graph, state_names, step_graph
 from afterclick.training.model import HOURS, STEP_NORM, Recommender, Steps
+from afterclick.training.model import Past as TorchPast
 
 F32 = npt.NDArray[np.float32]
 
@@ -208,6 +210,7 @@ def write_release(
         ContractError: a weight is not finite, or ONNX Runtime refuses a graph.
     """
     settings = model.settings
+    cell = _exported(settings.cell)
     np.save(folder / STEP_VECTORS_NAME, tables.step_ND)
     np.save(folder / SCAN_VECTORS_NAME, tables.scan_ND)
     bare = [msgspec.structs.replace(row, text="", domain="", vector=None) for row in tables.rows]
@@ -221,7 +224,7 @@ def write_release(
         schema=SCHEMA,
         release=folder.name,
         created_at=created_at,
-        cell=settings.cell,
+        cell=cell,
         num_items=len(tables.rows),
         step_dim=settings.dim,
         scan_dim=settings.dim + 1,
@@ -230,7 +233,10 @@ def write_release(
             for name in state_names(model)
         ],
         inputs=StepInputs(
-            event=settings.event_vectors, gap=settings.gap_vectors, hour=settings.hour_vectors
+            event=settings.event_vectors,
+            gap=settings.gap_vectors,
+            hour=settings.hour_vectors,
+            past=settings.past,
         ),
         history=history,
         snapshot=snapshot,
@@ -367,13 +373,26 @@ def torch_states(model: Recommender, tables: Tables, histories: Histories) -> F3
 
 
 @torch.no_grad()
-def torch_queries(model: Recommender, state_BS: F32) -> F32:
+def torch_queries(model: Recommender, state_BS: F32, past: Past | None = None) -> F32:
     """(B, D + 1) queries by torch, the 1 for the bias included."""
     settings = model.settings
     end = settings.layers * settings.units
     h_BH = torch.from_numpy(state_BS[:, end - settings.units : end]).to(model.bias.device)
-    q_BD: F32 = model.query(h_BH).cpu().numpy()
+    attended = None
+    if past is not None:
+        attended = TorchPast(*(torch.from_numpy(array).to(h_BH.device) for array in past))
+    q_BD: F32 = model.query(h_BH, attended).cpu().numpy()
     return np.concatenate([q_BD, np.ones((len(q_BD), 1), np.float32)], axis=1)
+
+
+def _exported(cell: Literal["lstm", "gru", "rnn", "attention"]) -> Literal["lstm", "gru"]:
+    if cell in ("lstm", "gru"):
+        return cell
+    raise ContractError(
+        f"export: cell {cell!r} is for comparison: it cannot be stepped click by click with equal "
+        "bits; train with lstm or gru",
+        reason="export-gate",
+    )
 
 
 def _compare(
@@ -391,7 +410,8 @@ def _compare(
     torch_BS = torch_states(model, tables, histories)
     _close(folder, f"{where}: steps against sequence", steps_BS, whole_BS, TOLERANCE)
     _close(folder, f"{where}: ONNX against torch", whole_BS, torch_BS, TOLERANCE)
-    query_BD, torch_BD = engine.query(whole_BS), torch_queries(model, torch_BS)
+    past = past_of_histories(histories, tables.step_ND, model.settings.past)
+    query_BD, torch_BD = engine.query(whole_BS, past), torch_queries(model, torch_BS, past)
     _close(folder, f"{where}: query against torch", query_BD, torch_BD, TOLERANCE)
     _, rows_BK = scanner.top(query_BD, min(GATE_K, len(tables.rows)))
     score_BN = torch_BD @ tables.scan_ND.T
@@ -429,6 +449,16 @@ def _compare_encoder(folder: Path, manifest: Manifest, model: Recommender, table
             )
         _close(folder, where, found.step_D, step_XD[row], TOLERANCE)
         _close(folder, where, found.scan_D1, scan_XD[row], TOLERANCE)
+
+
+def past_of_histories(histories: Histories, step_ND: F32, length: int) -> Past | None:
+    """What the query attends to after these histories; None for a length of 0."""
+    if not length:
+        return None
+    ago_BM = histories.lens_B[:, None] - 1 - np.arange(length)
+    users_B1 = np.arange(len(ago_BM))[:, None]
+    rows_BM = np.where(ago_BM >= 0, histories.item_TB[np.maximum(ago_BM, 0), users_B1], -1)
+    return past_of_rows(rows_BM, step_ND)
 
 
 def advance_whole(engine: Engine, step_ND: F32, histories: Histories) -> F32:
@@ -508,7 +538,13 @@ def _record_self_test(
         gap_TB=feed["gap"],
         hour_TB=feed["hour"],
     )
-    query_BD = engine.query(after_BS)
+    past = None
+    if length := manifest.inputs.past:
+        rows_BM = rng.integers(0, len(tables.rows), (SELF_TEST_USERS, length))
+        rows_BM[np.arange(length) >= np.arange(SELF_TEST_USERS)[:, None]] = -1
+        past = past_of_rows(rows_BM, tables.step_ND)
+        feed |= {"past": past.x_BME, "has_past": past.has_BM}
+    query_BD = engine.query(after_BS, past)
     if not np.isfinite(query_BD).all():
         raise ContractError(
             f"release {folder.name}: the query graph gives non-finite numbers", reason="non-finite"

@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional
 
 from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.training import peers
+from afterclick.training.batch import batch_of, keeping
 from afterclick.training.data import I64, Held, Sequences, batches, windows
 from afterclick.training.evaluate import model_ranks
 from afterclick.training.losses import F32, Candidates, Scored, next_item_loss
@@ -167,7 +169,14 @@ def fit(
         number = len(run.curve) + 1
         rate_at = one_cycle(settings, run.total_steps)
         loss = _epoch(
-            run, train, settings, seed=number, rate_at=rate_at, guide=guide, on_batch=on_batch
+            run,
+            train,
+            settings,
+            seed=number,
+            rate_at=rate_at,
+            masked=number <= settings.masked_epochs,
+            guide=guide,
+            on_batch=on_batch,
         )
         found = rates(model_ranks(run.model, held)) if held is not None else {}
         epoch = Epoch(
@@ -181,7 +190,7 @@ def fit(
         if not found or found["mrr_20"] > run.best_rates.get("mrr_20", -1.0):
             run.best_epoch, run.best_rates = number, found
             run.best = {key: value.clone() for key, value in run.model.state_dict().items()}
-        if checkpoint is not None:
+        if checkpoint is not None and not peers.rank():
             _save(run, checkpoint, name)
         on_epoch(epoch)
     run.model.load_state_dict(run.best)
@@ -234,6 +243,7 @@ def _epoch(
     *,
     seed: int,
     rate_at: Callable[[int], float],
+    masked: bool = False,
     guide: Guide | None = None,
     on_batch: Callable[[float], None],
 ) -> float:
@@ -245,46 +255,83 @@ def _epoch(
     count_N = np.bincount(part.item_P, minlength=model.num_items)
     model.set_trained(count_N > 0)
     candidates = Candidates(count_N, settings.softmax_items)
-    columns_P = (part.event_P, part.gap_P, part.hours())
     weight_P = recency_weights(part.time_P, settings.recency_half_life_h)
     begin_W, size_W = windows(part, settings.history)
-    total, count, predictions = torch.zeros((), device=device), 0, int((size_W - 1).sum())
+    total, count = torch.zeros((), device=device), 0
+    done, steps_all = 0, int((size_W - 1).sum())
+    half = _is_half(settings, device)
     for members in batches(size_W - 1, settings.batch_events, rng):
-        step_TB = np.arange(int(size_W[members].max()))[:, None]
-        inside_TB = step_TB < size_W[members]
-        at_TB = np.where(inside_TB, begin_W[members] + step_TB, begin_W[members])
-        drawn = candidates.draw(part.item_P[at_TB[inside_TB]], rng)
-        column_TB = torch.from_numpy(np.searchsorted(drawn.item_C, part.item_P[at_TB])).to(device)
-        next_X = at_TB[1:][inside_TB[1:]]
-        predicts_TB = torch.from_numpy(inside_TB[1:]).to(device)
-        steps = Steps(
-            column_TB[:-1],
-            *(torch.from_numpy(column_P[at_TB[:-1]]).to(device) for column_P in columns_P),
-        )
+        batch = batch_of(part, begin_W[members], size_W[members], rng if masked else None)
+        drawn = candidates.draw(part.item_P[batch.at_TB[batch.inside_TB]], rng)
         rows = run.optimiser.rows(torch.from_numpy(drawn.item_C).to(device))
-        vectors = model.vectors(rows)
-        h_TBH = model.hidden(functional.embedding(steps.item_TB, vectors.step_XD), steps)
-        h_XH = h_TBH[predicts_TB]
-        scored = Scored(
-            model.query(h_XH),
-            vectors.item_XD,
-            vectors.bias_X,
-            column_TB[1:][predicts_TB],
-            torch.from_numpy(drawn.log_inclusion_C).to(device),
-            candidates.num_clicked,
-            None if weight_P is None else torch.from_numpy(weight_P[next_X]).to(device),
+        # The same for all processes; each goes on with its own columns.
+        own = slice(peers.rank(), None, peers.size())
+        shape = (len(batch.at_TB) - 1, len(members))
+        keep_TBD, keep_TBH = (
+            keeping((*shape, width), share, device)[:, own]
+            for width, share in (
+                (settings.dim, settings.dropout),
+                (settings.units, settings.dropout_hidden),
+            )
         )
-        loss = next_item_loss(scored, settings)
-        mean = loss / len(next_X)
-        if guide is not None:
-            mean = mean + guide(model, h_XH, part, next_X)
-        mean.backward()  # type: ignore[no-untyped-call]
-        run.optimiser.step(rows, run.optimiser.gradients(rows), rate_at(run.step))
+        vectors = model.vectors(rows)
+        num = int(batch.predicts_TB.sum())
+        at_TB, mine_TB = batch.at_TB[:, own], batch.predicts_TB[:, own]
+        target_X = batch.target_TB[:, own][mine_TB]
+        done += int((size_W[members] - 1).sum())
+        if len(target_X):
+            column_TB = np.searchsorted(drawn.item_C, part.item_P[at_TB[:-1]])
+            steps = Steps(
+                *(
+                    torch.from_numpy(column).to(device)
+                    for column in (
+                        column_TB,
+                        part.event_P[at_TB[:-1]],
+                        part.gap_P[at_TB[:-1]],
+                        part.hours(at_TB[:-1]),
+                    )
+                )
+            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                x_TBD = functional.embedding(steps.item_TB, vectors.step_XD)
+                if masked:
+                    hidden_TB = torch.from_numpy(batch.masked_TB[:, own]).to(device)
+                    x_TBD = x_TBD.masked_fill(hidden_TB[:, :, None], 0.0)
+                h_TBH = model.hidden(x_TBD, steps, keep_TBD)
+                mine = torch.from_numpy(mine_TB).to(device)
+                h_XH = (h_TBH * keep_TBH)[mine]
+                seen_TB = steps.item_TB
+                if masked:
+                    seen_TB = seen_TB.masked_fill(hidden_TB, -1)
+                after_X, column_X = (
+                    at + one for at, one in zip(mine.nonzero().T, (1, 0), strict=True)
+                )
+                past = model.past(vectors.step_XD, seen_TB, after_X, column_X)
+                scored = Scored(
+                    model.query(h_XH, past),
+                    vectors.item_XD,
+                    vectors.bias_X,
+                    torch.from_numpy(np.searchsorted(drawn.item_C, part.item_P[target_X])).to(
+                        device
+                    ),
+                    torch.from_numpy(drawn.log_inclusion_C).to(device),
+                    candidates.num_clicked,
+                    None if weight_P is None else torch.from_numpy(weight_P[target_X]).to(device),
+                )
+                loss = next_item_loss(scored, settings)
+            mean = loss / num
+            if guide is not None:
+                mean = mean + guide(model, h_XH, part, target_X) * (len(target_X) / num)
+            mean.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        count += num
+        gradients = run.optimiser.gradients(rows)
+        peers.add_up(gradients)
+        run.optimiser.step(rows, gradients, rate_at(run.step))
         run.step += 1
-        total += loss.detach()
-        count += len(next_X)
-        on_batch(count / predictions)
-    per_prediction = float(total) / count
+        on_batch(done / steps_all)
+    peers.add_up([total])
+    per_prediction = float(total) / max(count, 1)
     if not math.isfinite(per_prediction):
         raise ContractError(
             f"training: the loss became {per_prediction}; lower the learning rate "
@@ -292,6 +339,12 @@ def _epoch(
             reason="non-finite",
         )
     return per_prediction
+
+
+def _is_half(settings: TrainingSettings, device: torch.device) -> bool:
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # nowhere public
 
 
 def _last_passes(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from afterclick.training.cells import ABSENT, PastAttention
 from afterclick.training.model import NORM_MIN, Recommender
 
 OPSET = 17
@@ -82,7 +83,7 @@ def step_graph(model: Recommender) -> onnx.ModelProto:
 
 
 def query_graph(model: Recommender) -> onnx.ModelProto:
-    """`states -> query`: output projection of the last layer's h, its norm and scale, and a 1."""
+    """`states, [past, has_past] -> query`: projection of the last h, norm, scale, and a 1."""
     settings = model.settings
     names = state_names(model)
     constants = [
@@ -100,6 +101,14 @@ def query_graph(model: Recommender) -> onnx.ModelProto:
         helper.make_node("Add", ["projected", "out_bias"], ["q_BD"]),
     ]
     q = "q_BD"
+    inputs = [_state(name, model) for name in names]
+    if model.attend is not None:
+        inputs += [
+            _info("past", TensorProto.FLOAT, ["B", settings.past, settings.dim]),
+            _info("has_past", TensorProto.FLOAT, ["B", settings.past]),
+        ]
+        _attention(model.attend, settings.dim, constants, nodes)
+        q = "q_attended"
     if model.is_cosine:
         constants += [
             numpy_helper.from_array(np.array(NORM_MIN, np.float32), "norm_min"),
@@ -129,9 +138,52 @@ def query_graph(model: Recommender) -> onnx.ModelProto:
         helper.make_node("Add", [ones, "unit"], ["ones_B1"]),
         helper.make_node("Concat", [q, "ones_B1"], ["query"], axis=1),
     ]
-    inputs = [_state(name, model) for name in names]
     outputs = [_info("query", TensorProto.FLOAT, ["B", settings.dim + 1])]
     return _model("query", nodes, inputs, outputs, constants)
+
+
+def _attention(
+    attend: PastAttention,
+    dim: int,
+    constants: list[onnx.TensorProto],
+    nodes: list[onnx.NodeProto],
+) -> None:
+    """`h_BH, past, has_past, q_BD -> q_attended`, as `PastAttention.forward`."""
+    weights = {
+        "ask_weight": _array(attend.ask.weight).T * np.float32(dim**-0.5),
+        "key_weight": _array(attend.key.weight).T,
+        "value_weight": _array(attend.value.weight).T,
+        "place": _array(attend.place_M),
+        "absent": np.array(ABSENT, np.float32),
+        "axis_1": np.array([1], np.int64),
+        "axis_2": np.array([2], np.int64),
+    }
+    constants += [
+        numpy_helper.from_array(np.ascontiguousarray(array), name)
+        for name, array in weights.items()
+    ]
+    for kind, feed, out in (
+        ("MatMul", ["h_BH", "ask_weight"], "ask_BD"),
+        ("Unsqueeze", ["ask_BD", "axis_2"], "ask_BD1"),
+        ("MatMul", ["past", "key_weight"], "key_BMD"),
+        ("MatMul", ["key_BMD", "ask_BD1"], "logit_BM1"),
+        ("Squeeze", ["logit_BM1", "axis_2"], "logit_BM"),
+        ("Add", ["logit_BM", "place"], "placed_BM"),
+        ("Sub", ["has_past", "unit"], "lack_BM"),
+        ("Mul", ["lack_BM", "absent"], "away_BM"),
+        ("Add", ["placed_BM", "away_BM"], "there_BM"),
+    ):
+        nodes.append(helper.make_node(kind, feed, [out]))
+    nodes.append(helper.make_node("Softmax", ["there_BM"], ["share_BM"], axis=1))
+    for kind, feed, out in (
+        ("Mul", ["share_BM", "has_past"], "weight_BM"),
+        ("Unsqueeze", ["weight_BM", "axis_1"], "weight_B1M"),
+        ("MatMul", ["past", "value_weight"], "value_BMD"),
+        ("MatMul", ["weight_B1M", "value_BMD"], "attended_B1D"),
+        ("Squeeze", ["attended_B1D", "axis_1"], "attended_BD"),
+        ("Add", ["q_BD", "attended_BD"], "q_attended"),
+    ):
+        nodes.append(helper.make_node(kind, feed, [out]))
 
 
 def _layers_of(name: str, layers: int, nodes: list[onnx.NodeProto]) -> list[str]:

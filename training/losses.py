@@ -112,7 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_inclusion_C: Tensor,
         weight_X: Tensor | None,
     ) -> Tensor:
-        score_XC = torch.addmm(bias_C - log_inclusion_C, query_XD, item_CD.T)
+        score_XC = torch.addmm(bias_C - log_inclusion_C, query_XD, item_CD.T).float()
         # A target is scored whatever the draw, so its own score takes no correction.
         row_X = torch.arange(len(query_XD), device=query_XD.device)
         own_X = score_XC[row_X, column_X] + log_inclusion_C[column_X]
@@ -126,15 +126,18 @@ class _CrossEntropy(torch.autograd.Function):
         if weight_X is not None:
             loss_X = loss_X * weight_X
             share_XC.mul_(weight_X[:, None])
-        ctx.save_for_backward(share_XC, query_XD, item_CD)
+        is_half = torch.is_autocast_enabled(query_XD.device.type)
+        kind = torch.bfloat16 if is_half else torch.float32
+        ctx.save_for_backward(share_XC.sum(0), share_XC.to(kind), query_XD, item_CD)
         return loss_X.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        share_XC, query_XD, item_CD = ctx.saved_tensors
-        query_grad_XD = (share_XC @ item_CD) * grad
-        item_grad_CD = (share_XC.T @ query_XD) * grad
-        return query_grad_XD, item_grad_CD, share_XC.sum(0) * grad, None, None, None
+        bias_grad_C, share_XC, query_XD, item_CD = ctx.saved_tensors
+        kind = share_XC.dtype
+        query_grad_XD = (share_XC @ item_CD.to(kind)).to(query_XD.dtype) * grad
+        item_grad_CD = (share_XC.T @ query_XD.to(kind)).to(item_CD.dtype) * grad
+        return query_grad_XD, item_grad_CD, bias_grad_C * grad, None, None, None
 
 
 def _bpr_max(scored: Scored) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from afterclick.serving.manifest import EVENTS, GAP_BUCKETS
+from afterclick.training.cells import PastAttention, cell_of
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.text import Content
 
@@ -70,6 +71,15 @@ class Vectors(NamedTuple):
     bias_X: Tensor
 
 
+class Past(NamedTuple):
+    """The items touched last before X states, newest first; M places each."""
+
+    x_XMD: Tensor
+    """Step vectors, zeros where nothing stands."""
+    has_XM: Tensor
+    """1 where something stands, else 0."""
+
+
 class Recommender(nn.Module):
     """A recurrent cell over item vectors that also score the items."""
 
@@ -98,10 +108,9 @@ class Recommender(nn.Module):
         for table in (self.events, self.gaps, self.hours):
             if table is not None:
                 nn.init.zeros_(table.weight)
-        kind = nn.LSTM if settings.cell == "lstm" else nn.GRU
-        between = settings.dropout if settings.layers > 1 else 0.0
-        self.cell: nn.RNNBase = kind(dim, units, settings.layers, dropout=between)
+        self.cell = cell_of(settings.cell, dim, units, settings.layers, settings.dropout)
         self.out = nn.Linear(units, dim)
+        self.attend = PastAttention(dim, units, settings.past) if settings.past else None
         self.scale = nn.Parameter(torch.tensor(float(settings.scale)))
         if content is not None:
             self.buckets = nn.Embedding(len(content.bucket_K), dim)
@@ -179,16 +188,20 @@ class Recommender(nn.Module):
             x_TBD = x_TBD + self.hours(steps.hour_TB)
         return x_TBD
 
-    def hidden(self, x_TBD: Tensor, steps: Steps) -> Tensor:
+    def hidden(self, x_TBD: Tensor, steps: Steps, keep_TBD: Tensor | None = None) -> Tensor:
         """(T, B, H) last layer's hidden state after every step, from the zero state.
 
         Args:
             x_TBD: step vectors of the items.
             steps: their context.
+            keep_TBD: dropout's factors for the inputs.
         """
         x_TBD = self.add_context(x_TBD, steps)
-        x_TBD = functional.dropout(x_TBD, self.settings.dropout, self.training)
-        h_TBH: Tensor = self.cell(x_TBD)[0]
+        if keep_TBD is not None:
+            x_TBD = x_TBD * keep_TBD
+        # oneDNN has no bf16 LSTM for CPUs without the instructions; the products gain most anyway.
+        with torch.autocast(x_TBD.device.type, enabled=False):
+            h_TBH: Tensor = self.cell(x_TBD.float())[0]
         return h_TBH
 
     def advance(self, x_TBD: Tensor, state: State) -> State:
@@ -198,11 +211,38 @@ class Recommender(nn.Module):
             return after
         return (self.cell(x_TBD, state[0])[1],)
 
-    def query(self, h_XH: Tensor) -> Tensor:
-        """(X, D) query of hidden states; an item's score is `query · item_vector + bias`."""
-        h_XH = functional.dropout(h_XH, self.settings.dropout_hidden, self.training)
+    def query(self, h_XH: Tensor, past: "Past | None" = None) -> Tensor:
+        """(X, D) query of hidden states; an item's score is `query · item_vector + bias`.
+
+        Args:
+            h_XH: hidden states.
+            past: what was touched last before each; needed where `settings.past` is set.
+        """
         q_XD: Tensor = self.out(h_XH)
+        if self.attend is not None:
+            assert past is not None, "attention needs something to attend to"
+            q_XD = q_XD + self.attend(h_XH, *past)
         return normalise(q_XD) * self.scale if self.is_cosine else q_XD
+
+    def past(
+        self, step_RD: Tensor, row_TB: Tensor, after_X: Tensor, column_X: Tensor
+    ) -> Past | None:
+        """What the query of some states attends to; None without attention.
+
+        Args:
+            step_RD: step vectors.
+            row_TB: rows of them, step by step; a negative one is hidden.
+            after_X: steps taken before the state.
+            column_X: whose state.
+        """
+        if self.attend is None:
+            return None
+        ago_M = torch.arange(1, self.settings.past + 1, device=row_TB.device)
+        at_XM = after_X[:, None] - ago_M
+        row_XM = torch.where(at_XM >= 0, row_TB[at_XM.clamp(min=0), column_X[:, None]], -1)
+        has_XM = (row_XM >= 0).to(step_RD.dtype)
+        x_XMD = functional.embedding(row_XM.clamp(min=0), step_RD) * has_XM[:, :, None]
+        return Past(x_XMD, has_XM)
 
     def _entries(self, item_X: Tensor) -> tuple[Tensor, Tensor]:
         """Places of the items' entries one after the other, and where each item's begin."""

@@ -25,6 +25,7 @@ from afterclick.serving.manifest import Compression, ItemRow, ItemTable, Manifes
 from afterclick.serving.memory import Memory, memory_of, moves_of
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
+from afterclick.training import peers
 from afterclick.training.baselines import evaluate_baselines
 from afterclick.training.blending import (
     PREDICTIONS_MIN,
@@ -34,6 +35,7 @@ from afterclick.training.blending import (
     fit_blend,
 )
 from afterclick.training.blending import Fitted as FittedBlend
+from afterclick.training.cells import EXPORTED
 from afterclick.training.data import (
     I64,
     UNKNOWN,
@@ -72,6 +74,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a run made; the last line of `afterclick train --json`."""
 
     release: str
+    """Empty for a cell that is only compared, and in all processes of torchrun but the first."""
     publication: int | None
     """Number; None where the release was not published."""
     report: str
@@ -140,6 +143,11 @@ def train_release(
     """
     started_s = time.monotonic()
     teller = teller or Silent()
+    if publish and settings.cell not in EXPORTED:
+        raise ConfigError(
+            f"training: cell {settings.cell!r} is for comparison and makes no release; "
+            f"choose {' or '.join(EXPORTED)}, or train it with --no-publish"
+        )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     data = prepare(source, settings, serving)
@@ -165,20 +173,32 @@ def train_release(
         memory = _memory(data.everything, data, settings)
         on_blend(blend)
     tested = _test(test, data, fitted, tables, blend, memory, serving, teller)
-    teller.stage("export")
-    manifest = _export(
-        source, data, fitted, tables, blend, memory, metrics, tested, settings, serving, compression
-    )
-    _keep_weights(fitted, data, manifest.release, serving)
-    publication = None
-    if publish:
-        publication = _store(serving).publish(manifest.release).number
-        teller.stage("published", release=manifest.release, publication=publication)
-    report = _side_folder(serving, REPORTS) / f"{manifest.release}.png"
-    write_report(report, f"release {manifest.release}", fitted.curve, metrics)
-    teller.stage("report", path=str(report))
+    release, publication, report = "", None, Path()
+    if settings.cell in EXPORTED and not peers.rank():
+        teller.stage("export")
+        release = _export(
+            source,
+            data,
+            fitted,
+            tables,
+            blend,
+            memory,
+            metrics,
+            tested,
+            settings,
+            serving,
+            compression,
+        ).release
+        _keep_weights(fitted, data, release, serving)
+    if publish and release:
+        publication = _store(serving).publish(release).number
+        teller.stage("published", release=release, publication=publication)
+    if not peers.rank():
+        report = _side_folder(serving, REPORTS) / f"{release or settings.cell}.png"
+        write_report(report, f"release {release or 'none'}", fitted.curve, metrics)
+        teller.stage("report", path=str(report))
     return Outcome(
-        release=manifest.release,
+        release=release,
         publication=publication,
         report=str(report),
         metrics=metrics,

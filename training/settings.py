@@ -19,8 +19,10 @@ from afterclick.serving.settings import from_environment
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one training run; together with the data they decide the release."""
 
-    cell: Literal["lstm", "gru"] = "lstm"
-    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU one."""
+    cell: Literal["lstm", "gru", "rnn", "attention"] = "lstm"
+    """Recurrent cell. An LSTM keeps two states per layer and user, a GRU one. `rnn` and `attention`
+    (causal self-attention) are for comparison: they are trained and evaluated, and not exported.
+    """
 
     layers: Annotated[int, Meta(ge=1, le=8)] = 1
     """Recurrent layers; each adds its states to every user record."""
@@ -54,6 +56,11 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     hour_vectors: bool = False
     """Learn a vector for each hour of the day (UTC) and add it to the item's."""
 
+    past: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Let the query attend to so many of the last interactions, too; they stand in the record
+    anyway. 0 for none: docs/model.md says what it brought.
+    """
+
     content: bool = True
     """Learn from what items say about themselves, too: title, text, categories, domain, a given
     vector; then a new item is scored from them the moment it arrives. Without effect where the
@@ -84,6 +91,16 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     final_rate: Annotated[float, Meta(gt=0, le=1)] = 0.25
     """Learning rate at the start of these last passes, as a share of `learning_rate`."""
+
+    masked_epochs: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Warm-up without a next item: in so many of the epochs, the first ones, a fifth of the items
+    is hidden, and the state one step later has to name them.
+    """
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the products in training; sums, weights and evaluation stay fp32. `auto` is bf16 where the
+    CPU has AMX, else fp32.
+    """
 
     batch_events: Annotated[int, Meta(ge=8, le=1 << 20)] = 1024
     """Next-item predictions per mini-batch, about."""

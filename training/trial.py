@@ -15,6 +15,7 @@ import torch
 from afterclick.serving.engine import F32, MASKED
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import MODEL_FEATURES
+from afterclick.serving.past import past_of_rows
 from afterclick.serving.records import item_hash
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ServingSettings
@@ -257,7 +258,13 @@ def release_queries(loaded: LoadedRelease, held: Held, row_N: I64) -> F32:
     for step in range(len(bound) - 1):
         asked = order_X[bound[step] : bound[step + 1]]
         if len(asked):
-            query_XD[asked] = loaded.engine.query(state_SS[sequence_X[asked]])
+            past = None
+            if length := loaded.manifest.inputs.past:
+                ago_XM = step_X[asked][:, None] - 1 - np.arange(length)
+                at_XM = place_K[begin_S[sequence_X[asked]][:, None] + np.maximum(ago_XM, 0)]
+                rows_XM = np.where(ago_XM >= 0, row_P[at_XM], -1)
+                past = past_of_rows(rows_XM, loaded.catalog.step_vectors_NE)
+            query_XD[asked] = loaded.engine.query(state_SS[sequence_X[asked]], past)
         moving = np.flatnonzero(size_S > step)
         if len(moving):
             position = place_K[begin_S[moving] + step]

@@ -11,7 +11,7 @@ import torch
 from onnx import numpy_helper
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Engine
+from afterclick.serving.engine import Engine, Past
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
     ENCODER_NAME,
@@ -23,7 +23,15 @@ from afterclick.serving.manifest import (
     Snapshot,
     sha256_of,
 )
-from afterclick.serving.records import INTERACTION_BYTES, UserRecord, encode_record
+from afterclick.serving.past import past_of
+from afterclick.serving.records import (
+    INTERACTION_BYTES,
+    Interaction,
+    UserRecord,
+    encode_record,
+    item_hash,
+    pack_interaction,
+)
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
@@ -33,6 +41,7 @@ from afterclick.training.export import (
     advance_whole,
     build_tables,
     check_release,
+    past_of_histories,
     random_histories,
     torch_queries,
     torch_states,
@@ -62,6 +71,7 @@ def make(
     loss: str = "cosine",
     context: bool = True,
     rows: list[ItemRow] | None = None,
+    past: int = 0,
 ) -> tuple[Recommender, Tables, Manifest]:
     """A release with random weights; of items that say something, every third was never clicked."""
     torch.set_num_threads(1)
@@ -73,10 +83,14 @@ def make(
         event_vectors=context,
         gap_vectors=context,
         hour_vectors=context,
+        past=past,
     )
     content = None if rows is None else content_of(rows, settings.content_buckets)
     model = Recommender(NUM_ITEMS, settings, content)
     torch.nn.init.normal_(model.bias)
+    if model.attend is not None:
+        for weight in model.attend.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
     for table in (model.events, model.gaps, model.hours):
         if table is not None:
             torch.nn.init.normal_(table.weight)
@@ -151,6 +165,54 @@ def test_a_worker_makes_of_a_new_item_what_the_model_makes_of_it(tmp_path: Path,
     assert np.array_equal(catalog.scan_vectors_ND[arrived], tables.scan_ND[3])
     assert np.abs(tables.scan_ND[4, :-1] - tables.scan_ND[3, :-1]).max() > 0.01
     assert model.prior.item() == tables.scan_ND[3, -1]
+
+
+def test_attention_over_the_past_gives_the_same_bits_alone_and_in_company(tmp_path: Path) -> None:
+    """Always padded to M: neither the others nor the length of one's own past may move a bit."""
+    folder = tmp_path / "r1"
+    model, tables, manifest = make(folder, past=7)
+    check_release(folder, model, tables, None)
+    engine = Engine(folder, manifest, provider="cpu", threads=1)
+    histories = random_histories(np.random.default_rng(3), NUM_ITEMS, HISTORY)
+    states = advance_whole(engine, tables.step_ND, histories)
+    past = past_of_histories(histories, tables.step_ND, 7)
+    assert past is not None
+
+    together = engine.query(states, past)
+
+    bare = Past(np.zeros_like(past.x_BME), np.zeros_like(past.has_BM))
+    assert np.abs(engine.query(states, bare) - together).max() > 0.1
+    for user in range(len(states)):
+        one = slice(user, user + 1)
+        alone = engine.query(states[one], Past(past.x_BME[one], past.has_BM[one]))
+        assert np.array_equal(alone[0], together[user])
+
+
+def test_the_past_of_a_record_is_what_the_histories_say(tmp_path: Path) -> None:
+    """Newest first, unknown items passed over, nothing from before a reset."""
+    folder = tmp_path / "r1"
+    _, tables, manifest = make(folder, past=3)
+    catalog = Catalog.from_release(folder, manifest)
+
+    def kept(item_id: str, *, reset: bool = False) -> bytes:
+        return pack_interaction(Interaction(item_hash(item_id), 0, 2, 0, 0, reset))
+
+    long = b"".join(map(kept, ["i00009", "i00001", "i00002", "unknown", "i00003"]))
+    fresh = kept("i00001") + kept("i00002", reset=True) + kept("i00003")
+    past = past_of([long, fresh, b""], catalog, 3)
+
+    assert past is not None
+    assert np.array_equal(past.x_BME[0], tables.step_ND[[3, 2, 1]])
+    assert np.array_equal(past.x_BME[1, :2], tables.step_ND[[3, 2]])
+    assert past.has_BM.tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert past_of([long], catalog, 0) is None
+
+
+@pytest.mark.parametrize("cell", ["rnn", "attention"])
+def test_a_cell_for_comparison_makes_no_release(tmp_path: Path, cell: str) -> None:
+    """Its lists could not be recomputed to the bit, or not in constant time."""
+    with pytest.raises(ContractError, match="for comparison"):
+        make(tmp_path / "r1", cell=cell)
 
 
 def test_a_tampered_encoder_is_refused(tmp_path: Path) -> None:
