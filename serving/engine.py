@@ -96,6 +96,12 @@ class Engine:
         _check_names(folder.name, STEP_NAME, self._step, state_names | _step_names(manifest))
         past = {"past", "has_past"} if manifest.inputs.past else set()
         _check_names(folder.name, QUERY_NAME, self._query, state_names | past)
+        outputs = {tensor.name for tensor in self._query.get_outputs()}
+        if missing := {output_of(head) for head in manifest.heads} - outputs:
+            raise ContractError(
+                f"release {folder.name}: {QUERY_NAME} has no output {sorted(missing)}",
+                reason="graph",
+            )
 
     def zero_state(self, num_users: int) -> F32:
         """(B, S) zeros: the state of a user without a step."""
@@ -148,16 +154,17 @@ class Engine:
             )
         return state
 
-    def query(self, state_BS: F32, past: Past | None = None) -> F32:
+    def query(self, state_BS: F32, past: Past | None = None, *, head: str = "click") -> F32:
         """(B, D) queries of states; a user's score for item n is `query · scan_vectors[n]`.
 
         Args:
             state_BS: states as records hold them.
             past: what the same users touched last; needed where the manifest says so.
+            head: one of the manifest's.
         """
         assert len(state_BS) > 0, "an empty call aborts ONNX Runtime"
         assert (past is not None) == (self.manifest.inputs.past > 0), "the graph takes it or not"
-        query: F32 = self._query.run(["query"], self.query_feed(state_BS, past))[0]
+        query: F32 = self._query.run([output_of(head)], self.query_feed(state_BS, past))[0]
         return query
 
     def query_feed(self, state_BS: F32, past: Past | None = None) -> dict[str, Any]:
@@ -176,6 +183,11 @@ class Engine:
             parts[tensor.name] = np.ascontiguousarray(part.transpose(1, 0, 2))
             start = stop
         return parts
+
+
+def output_of(head: str) -> str:
+    """Name of a head's output in the query graph."""
+    return "query" if head == "click" else f"query_{head}"
 
 
 class _Ask:

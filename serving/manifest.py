@@ -190,6 +190,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """
     metrics: dict[str, dict[str, float]] = {}
     """Per method (`model`, `popularity`, `markov`, …): rates as fractions and `predictions`."""
+    heads: tuple[str, ...] = ("click",)
+    """What the query graph can be asked for: its outputs are `query`, for `click`, and
+    `query_<head>` for every other one.
+    """
     encoder: EncoderSpec | None = None
     """None: new items are given the mean vector of their categories."""
     compression: Compression | None = None

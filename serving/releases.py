@@ -20,7 +20,7 @@ import numpy as np
 
 from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import F32, Engine, Past, Scanner
+from afterclick.serving.engine import F32, Engine, Past, Scanner, output_of
 from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
 from afterclick.serving.manifest import (
     MANIFEST_NAME,
@@ -61,6 +61,12 @@ class LoadedRelease:
         self.memory: Memory | None = None
         if self.manifest.blend is not None:
             self.blend = Blend(folder, self.manifest, threads=settings.threads)
+        if settings.head not in self.manifest.heads:
+            raise ContractError(
+                f"release {folder.name}: it has heads {list(self.manifest.heads)}, the setting "
+                f"asks for {settings.head!r}; train with purchase_weight, or set head to 'click'",
+                reason="head",
+            )
         self_test(folder, self.engine, self.blend)
         self.catalog = Catalog.from_release(folder, self.manifest)
         if self.blend is not None:
@@ -288,7 +294,9 @@ def replayed(data: Mapping[str, Any], engine: Engine, blend: Blend | None = None
         hour_TB=data.get("hour"),
     )
     past = Past(data["past"], data["has_past"]) if engine.manifest.inputs.past else None
-    found = {"state_next": state_BS, "query": engine.query(state_BS, past)}
+    found = {"state_next": state_BS}
+    for head in engine.manifest.heads:
+        found[output_of(head)] = engine.query(state_BS, past, head=head)
     if blend is not None:
         found["blend_score"] = blend.scores(data["blend_features"])
     return found

@@ -17,6 +17,9 @@ from afterclick.serving.address import safe_url, with_password, without_user
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.keys import Layout
 
+Head = Literal["click", "purchase"]
+"""What a query asks for."""
+
 S = TypeVar("S", bound=msgspec.Struct)
 
 SECRET = "_password"  # noqa: S105 - how the names of settings end that hold one
@@ -71,6 +74,11 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
     namespace: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "afterclick"
     """First part of every key in Redis; one namespace is one tenant."""
+
+    head: Head = "click"
+    """What lists are ranked for: the next click, or the next purchase. `purchase` needs a release
+    that was trained with `purchase_weight`; another one is refused.
+    """
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Execution provider. `auto` takes CUDA where it works and says what it took; `cuda` fails
@@ -197,6 +205,7 @@ class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     idle_ttl_s: int
     popularity_half_life_s: int
     popularity_items_max: int
+    head: Head = "click"
 
     @classmethod
     def of(cls, settings: ServingSettings) -> "ListRules":

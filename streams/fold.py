@@ -261,6 +261,7 @@ def rank_states(
     want: int,
     seen: Sequence[frozenset[int]] | None = None,
     contexts: Sequence[Context] | None = None,
+    head: str = "click",
 ) -> list[Ranked]:
     """Lists of users from their states, by the release's blend where it has one.
 
@@ -271,6 +272,7 @@ def rank_states(
         seen: per user, item hashes to leave out.
         contexts: what blend and attention must know of the users; None ranks people without a
             past.
+        head: what to rank for.
     """
     ranked: list[Ranked] = []
     size = max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // release.scanner.num_rows))
@@ -281,7 +283,7 @@ def rank_states(
             release.catalog,
             release.engine.manifest.inputs.past,
         )
-        q_BD = release.engine.query(states_BS[start : start + size], past)
+        q_BD = release.engine.query(states_BS[start : start + size], past, head=head)
         if release.blend is not None and release.memory is not None:
             ranked += release.blend.rank(
                 q_BD,
@@ -527,7 +529,9 @@ def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked
         Context(draft.interactions, draft.clicks, draft.last_ms, draft.event_ms) for draft in drafts
     ]
     want = inputs.rules.k + inputs.rules.margin
-    return rank_states(states_BS, release, want=want, seen=seen, contexts=contexts)
+    return rank_states(
+        states_BS, release, want=want, seen=seen, contexts=contexts, head=inputs.rules.head
+    )
 
 
 def _hashes(draft: _Draft) -> frozenset[int]:

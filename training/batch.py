@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afterclick.serving.manifest import event_code
 from afterclick.training.data import I64, Mask, Sequences
+
+PURCHASE = event_code("purchase")
 
 MASKED = 0.2
 """Share of a window's items hidden in a masked warm-up, as in BERT4Rec's and S3-Rec's setting."""
@@ -52,6 +55,19 @@ def batch_of(
     masked_TB = nothing_TB
     masked_TB[:-1] = predicts_TB[1:]
     return Batch(at_TB, inside_TB, predicts_TB, target_TB, masked_TB)
+
+
+def next_purchases(part: Sequences, batch: Batch) -> tuple[Mask, I64]:
+    """(T - 1, B): steps that a purchase follows within the window, and its position."""
+    num_steps = len(batch.at_TB)
+    step_TB = np.where(
+        batch.inside_TB & (part.event_P[batch.at_TB] == PURCHASE),
+        np.arange(num_steps)[:, None],
+        num_steps,
+    )
+    next_TB = np.minimum.accumulate(step_TB[::-1], axis=0)[::-1][1:]
+    at_TB = np.take_along_axis(batch.at_TB, np.minimum(next_TB, num_steps - 1), axis=0)
+    return next_TB < num_steps, at_TB
 
 
 def keeping(shape: tuple[int, ...], share: float, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.encoder import ItemEncoder
-from afterclick.serving.engine import Engine, Past, Scanner
+from afterclick.serving.engine import Engine, Past, Scanner, output_of
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
     BLEND_NAME,
@@ -243,6 +243,7 @@ def write_release(
         items_offset=list(items_offset),
         signals_offset=signals_offset,
         metrics={name: dict(values) for name, values in (metrics or {}).items()},
+        heads=("click",) if model.buy is None else ("click", "purchase"),
         encoder=None if tables.encoder is None else tables.encoder.spec,
         compression=compression,
         files={},
@@ -373,7 +374,9 @@ def torch_states(model: Recommender, tables: Tables, histories: Histories) -> F3
 
 
 @torch.no_grad()
-def torch_queries(model: Recommender, state_BS: F32, past: Past | None = None) -> F32:
+def torch_queries(
+    model: Recommender, state_BS: F32, past: Past | None = None, head: str = "click"
+) -> F32:
     """(B, D + 1) queries by torch, the 1 for the bias included."""
     settings = model.settings
     end = settings.layers * settings.units
@@ -381,7 +384,7 @@ def torch_queries(model: Recommender, state_BS: F32, past: Past | None = None) -
     attended = None
     if past is not None:
         attended = TorchPast(*(torch.from_numpy(array).to(h_BH.device) for array in past))
-    q_BD: F32 = model.query(h_BH, attended).cpu().numpy()
+    q_BD: F32 = model.query(h_BH, attended, head).cpu().numpy()
     return np.concatenate([q_BD, np.ones((len(q_BD), 1), np.float32)], axis=1)
 
 
@@ -411,8 +414,10 @@ def _compare(
     _close(folder, f"{where}: steps against sequence", steps_BS, whole_BS, TOLERANCE)
     _close(folder, f"{where}: ONNX against torch", whole_BS, torch_BS, TOLERANCE)
     past = past_of_histories(histories, tables.step_ND, model.settings.past)
-    query_BD, torch_BD = engine.query(whole_BS, past), torch_queries(model, torch_BS, past)
-    _close(folder, f"{where}: query against torch", query_BD, torch_BD, TOLERANCE)
+    for head in reversed(engine.manifest.heads):  # the lists below are the first one's
+        query_BD = engine.query(whole_BS, past, head=head)
+        torch_BD = torch_queries(model, torch_BS, past, head)
+        _close(folder, f"{where}: {head} query against torch", query_BD, torch_BD, TOLERANCE)
     _, rows_BK = scanner.top(query_BD, min(GATE_K, len(tables.rows)))
     score_BN = torch_BD @ tables.scan_ND.T
     # Position by position, torch's score of what the engine lists is torch's own score there: the
@@ -515,7 +520,7 @@ def _record_self_test(
     blend: FittedBlend | None,
     rng: np.random.Generator,
 ) -> None:
-    """Keys `x, lens, event, gap, hour, state` and, by the engine itself, `state_next, query`."""
+    """Inputs of both graphs and, by the engine itself, `state_next` and the queries."""
     engine = Engine(folder, manifest, provider="cpu", threads=1)
     shape = (SELF_TEST_STEPS, SELF_TEST_USERS)
     lens = (np.arange(SELF_TEST_USERS) % SELF_TEST_STEPS + 1).astype(np.int32)
@@ -544,12 +549,14 @@ def _record_self_test(
         rows_BM[np.arange(length) >= np.arange(SELF_TEST_USERS)[:, None]] = -1
         past = past_of_rows(rows_BM, tables.step_ND)
         feed |= {"past": past.x_BME, "has_past": past.has_BM}
-    query_BD = engine.query(after_BS, past)
-    if not np.isfinite(query_BD).all():
+    queries: dict[str, Any] = {
+        output_of(head): engine.query(after_BS, past, head=head) for head in manifest.heads
+    }
+    if not all(np.isfinite(query_BD).all() for query_BD in queries.values()):
         raise ContractError(
             f"release {folder.name}: the query graph gives non-finite numbers", reason="non-finite"
         )
     if blend is not None:
         feed["blend_features"] = blend.sample_RF
         feed["blend_score"] = Blend(folder, manifest).scores(blend.sample_RF)
-    np.savez(folder / SELF_TEST_NAME, **feed, state_next=after_BS, query=query_BD)
+    np.savez(folder / SELF_TEST_NAME, **feed, state_next=after_BS, **queries)

@@ -4,6 +4,8 @@ Knows no files but its checkpoint, and nothing of ONNX or releases. Every epoch 
 numbers from (seed, epoch), so that a run that was cut off goes on as if it had not been.
 """
 
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
 import hashlib
 import math
 import pickle
@@ -20,12 +22,12 @@ from torch.nn import functional
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.training import peers
-from afterclick.training.batch import batch_of, keeping
-from afterclick.training.data import I64, Held, Sequences, batches, windows
+from afterclick.training.batch import batch_of, keeping, next_purchases
+from afterclick.training.data import I64, Held, Mask, Sequences, batches, windows
 from afterclick.training.evaluate import model_ranks
-from afterclick.training.losses import F32, Candidates, Scored, next_item_loss
+from afterclick.training.losses import F32, Candidates, Drawn, Scored, next_item_loss
 from afterclick.training.metrics import rates
-from afterclick.training.model import Recommender, Steps
+from afterclick.training.model import Recommender, Steps, Vectors
 from afterclick.training.optimiser import Optimiser, one_cycle
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.text import Content
@@ -294,32 +296,22 @@ def _epoch(
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 x_TBD = functional.embedding(steps.item_TB, vectors.step_XD)
+                seen_TB = steps.item_TB
                 if masked:
                     hidden_TB = torch.from_numpy(batch.masked_TB[:, own]).to(device)
                     x_TBD = x_TBD.masked_fill(hidden_TB[:, :, None], 0.0)
-                h_TBH = model.hidden(x_TBD, steps, keep_TBD)
-                mine = torch.from_numpy(mine_TB).to(device)
-                h_XH = (h_TBH * keep_TBH)[mine]
-                seen_TB = steps.item_TB
-                if masked:
                     seen_TB = seen_TB.masked_fill(hidden_TB, -1)
-                after_X, column_X = (
-                    at + one for at, one in zip(mine.nonzero().T, (1, 0), strict=True)
-                )
-                past = model.past(vectors.step_XD, seen_TB, after_X, column_X)
-                scored = Scored(
-                    model.query(h_XH, past),
-                    vectors.item_XD,
-                    vectors.bias_X,
-                    torch.from_numpy(np.searchsorted(drawn.item_C, part.item_P[target_X])).to(
-                        device
-                    ),
-                    torch.from_numpy(drawn.log_inclusion_C).to(device),
-                    candidates.num_clicked,
-                    None if weight_P is None else torch.from_numpy(weight_P[target_X]).to(device),
-                )
-                loss = next_item_loss(scored, settings)
-            mean = loss / num
+                h_TBH = model.hidden(x_TBD, steps, keep_TBD) * keep_TBH
+                stepped = _Stepped(part, vectors, drawn, candidates, weight_P, seen_TB, h_TBH)
+                h_XH, loss = _asked(model, stepped, mine_TB, target_X, "click")
+                mean = loss / num
+                if model.buy is not None and not masked:
+                    bought_TB, bought_at_TB = next_purchases(part, batch)
+                    bought_TB, at_TB = bought_TB[:, own], bought_at_TB[:, own]
+                    if bought_TB.any():
+                        bought_X = at_TB[bought_TB]
+                        bought = _asked(model, stepped, bought_TB, bought_X, "purchase")[1]
+                        mean = mean + settings.purchase_weight * bought / num
             if guide is not None:
                 mean = mean + guide(model, h_XH, part, target_X) * (len(target_X) / num)
             mean.backward()  # type: ignore[no-untyped-call]
@@ -339,6 +331,39 @@ def _epoch(
             reason="non-finite",
         )
     return per_prediction
+
+
+class _Stepped(NamedTuple):
+    """A batch whose states are there."""
+
+    part: Sequences
+    vectors: Vectors
+    drawn: Drawn
+    candidates: Candidates
+    weight_P: F32 | None
+    seen_TB: torch.Tensor
+    h_TBH: torch.Tensor
+
+
+def _asked(
+    model: Recommender, stepped: _Stepped, predicts_TB: Mask, target_X: I64, head: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that predict something, and the summed loss of what the head makes of them."""
+    part, vectors, drawn, candidates, weight_P, seen_TB, h_TBH = stepped
+    device = h_TBH.device
+    at_TB = torch.from_numpy(predicts_TB).to(device)
+    h_XH = h_TBH[at_TB]
+    step_X, column_X = at_TB.nonzero(as_tuple=True)
+    scored = Scored(
+        model.query(h_XH, model.past(vectors.step_XD, seen_TB, step_X + 1, column_X), head),
+        vectors.item_XD,
+        vectors.bias_X,
+        torch.from_numpy(np.searchsorted(drawn.item_C, part.item_P[target_X])).to(device),
+        torch.from_numpy(drawn.log_inclusion_C).to(device),
+        candidates.num_clicked,
+        None if weight_P is None else torch.from_numpy(weight_P[target_X]).to(device),
+    )
+    return h_XH, next_item_loss(scored, model.settings)
 
 
 def _is_half(settings: TrainingSettings, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from afterclick.training.cells import ABSENT, PastAttention
 from afterclick.training.model import NORM_MIN, Recommender
@@ -83,13 +84,13 @@ def step_graph(model: Recommender) -> onnx.ModelProto:
 
 
 def query_graph(model: Recommender) -> onnx.ModelProto:
-    """`states, [past, has_past] -> query`: projection of the last h, norm, scale, and a 1."""
+    """`states, [past, has_past] -> query, [query_purchase]`: projections of the last h, their norm
+    and scale, and a 1.
+    """
     settings = model.settings
     names = state_names(model)
     constants = [
         numpy_helper.from_array(np.array(settings.layers - 1, np.int64), "last_layer"),
-        numpy_helper.from_array(np.ascontiguousarray(_array(model.out.weight).T), "out_weight"),
-        numpy_helper.from_array(_array(model.out.bias), "out_bias"),
         numpy_helper.from_array(np.array([0], np.int64), "zero"),
         numpy_helper.from_array(np.array([1], np.int64), "one"),
         numpy_helper.from_array(np.array(0, np.float32), "nothing"),
@@ -97,10 +98,7 @@ def query_graph(model: Recommender) -> onnx.ModelProto:
     ]
     nodes = [
         helper.make_node("Gather", ["h", "last_layer"], ["h_BH"], axis=0),
-        helper.make_node("MatMul", ["h_BH", "out_weight"], ["projected"]),
-        helper.make_node("Add", ["projected", "out_bias"], ["q_BD"]),
     ]
-    q = "q_BD"
     inputs = [_state(name, model) for name in names]
     if model.attend is not None:
         inputs += [
@@ -108,19 +106,16 @@ def query_graph(model: Recommender) -> onnx.ModelProto:
             _info("has_past", TensorProto.FLOAT, ["B", settings.past]),
         ]
         _attention(model.attend, settings.dim, constants, nodes)
-        q = "q_attended"
     if model.is_cosine:
         constants += [
             numpy_helper.from_array(np.array(NORM_MIN, np.float32), "norm_min"),
             numpy_helper.from_array(np.array(model.scale.item(), np.float32), "scale"),
         ]
-        nodes += [
-            helper.make_node("ReduceL2", [q], ["norm"], axes=[1], keepdims=1),
-            helper.make_node("Max", ["norm", "norm_min"], ["norm_safe"]),
-            helper.make_node("Div", [q, "norm_safe"], ["direction"]),
-            helper.make_node("Mul", ["direction", "scale"], ["q_scaled"]),
-        ]
-        q = "q_scaled"
+    heads = {"query": model.out} | ({} if model.buy is None else {"query_purchase": model.buy})
+    queries = {
+        output: _head(f"{output}_", project, model, constants, nodes)
+        for output, project in heads.items()
+    }
     # A column of ones as long as the batch, from an entry of every state: all of them are inputs.
     columns = []
     for name in names:
@@ -134,12 +129,45 @@ def query_graph(model: Recommender) -> onnx.ModelProto:
     for name in columns[1:]:
         nodes.append(helper.make_node("Add", [ones, name], [f"{name}_sum"]))
         ones = f"{name}_sum"
+    nodes.append(helper.make_node("Add", [ones, "unit"], ["ones_B1"]))
     nodes += [
-        helper.make_node("Add", [ones, "unit"], ["ones_B1"]),
-        helper.make_node("Concat", [q, "ones_B1"], ["query"], axis=1),
+        helper.make_node("Concat", [query, "ones_B1"], [output], axis=1)
+        for output, query in queries.items()
     ]
-    outputs = [_info("query", TensorProto.FLOAT, ["B", settings.dim + 1])]
+    outputs = [_info(name, TensorProto.FLOAT, ["B", settings.dim + 1]) for name in queries]
     return _model("query", nodes, inputs, outputs, constants)
+
+
+def _head(
+    prefix: str,
+    project: nn.Linear,
+    model: Recommender,
+    constants: list[onnx.TensorProto],
+    nodes: list[onnx.NodeProto],
+) -> str:
+    """`h_BH, [attended_BD] -> ` a head's query, the 1 apart; its name."""
+    weight, bias, q = f"{prefix}weight", f"{prefix}bias", f"{prefix}q"
+    constants += [
+        numpy_helper.from_array(np.ascontiguousarray(_array(project.weight).T), weight),
+        numpy_helper.from_array(_array(project.bias), bias),
+    ]
+    nodes += [
+        helper.make_node("MatMul", ["h_BH", weight], [f"{prefix}projected"]),
+        helper.make_node("Add", [f"{prefix}projected", bias], [q]),
+    ]
+    if model.attend is not None:
+        nodes.append(helper.make_node("Add", [q, "attended_BD"], [f"{prefix}attended"]))
+        q = f"{prefix}attended"
+    if not model.is_cosine:
+        return q
+    norm, safe, direction = f"{prefix}norm", f"{prefix}norm_safe", f"{prefix}direction"
+    nodes += [
+        helper.make_node("ReduceL2", [q], [norm], axes=[1], keepdims=1),
+        helper.make_node("Max", [norm, "norm_min"], [safe]),
+        helper.make_node("Div", [q, safe], [direction]),
+        helper.make_node("Mul", [direction, "scale"], [f"{prefix}scaled"]),
+    ]
+    return f"{prefix}scaled"
 
 
 def _attention(
@@ -148,7 +176,7 @@ def _attention(
     constants: list[onnx.TensorProto],
     nodes: list[onnx.NodeProto],
 ) -> None:
-    """`h_BH, past, has_past, q_BD -> q_attended`, as `PastAttention.forward`."""
+    """`h_BH, past, has_past -> attended_BD`, as `PastAttention.forward`."""
     weights = {
         "ask_weight": _array(attend.ask.weight).T * np.float32(dim**-0.5),
         "key_weight": _array(attend.key.weight).T,
@@ -181,7 +209,6 @@ def _attention(
         ("MatMul", ["past", "value_weight"], "value_BMD"),
         ("MatMul", ["weight_B1M", "value_BMD"], "attended_B1D"),
         ("Squeeze", ["attended_B1D", "axis_1"], "attended_BD"),
-        ("Add", ["q_BD", "attended_BD"], "q_attended"),
     ):
         nodes.append(helper.make_node(kind, feed, [out]))
 

@@ -110,6 +110,7 @@ class Recommender(nn.Module):
                 nn.init.zeros_(table.weight)
         self.cell = cell_of(settings.cell, dim, units, settings.layers, settings.dropout)
         self.out = nn.Linear(units, dim)
+        self.buy = nn.Linear(units, dim) if settings.purchase_weight else None
         self.attend = PastAttention(dim, units, settings.past) if settings.past else None
         self.scale = nn.Parameter(torch.tensor(float(settings.scale)))
         if content is not None:
@@ -211,14 +212,17 @@ class Recommender(nn.Module):
             return after
         return (self.cell(x_TBD, state[0])[1],)
 
-    def query(self, h_XH: Tensor, past: "Past | None" = None) -> Tensor:
+    def query(self, h_XH: Tensor, past: Past | None = None, head: str = "click") -> Tensor:
         """(X, D) query of hidden states; an item's score is `query · item_vector + bias`.
 
         Args:
             h_XH: hidden states.
             past: what was touched last before each; needed where `settings.past` is set.
+            head: `click`, or `purchase` where there is such a head.
         """
-        q_XD: Tensor = self.out(h_XH)
+        project = self.out if head == "click" else self.buy
+        assert project is not None, "this model has no such head"
+        q_XD: Tensor = project(h_XH)
         if self.attend is not None:
             assert past is not None, "attention needs something to attend to"
             q_XD = q_XD + self.attend(h_XH, *past)

@@ -39,6 +39,11 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     docs/model.md compares them.
     """
 
+    purchase_weight: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    """Weight of a second task beside the next item: the next item bought, by events of the kind
+    `purchase`. The release then has a head `purchase`; 0 leaves it out.
+    """
+
     scale: Annotated[float, Meta(gt=0, le=100)] = 14.0
     """Where the learned scale of the cosine starts."""
 

@@ -35,6 +35,7 @@ from afterclick.serving.records import (
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
+from afterclick.streams.fold import rank_states
 from afterclick.training.export import (
     Tables,
     advance_stepwise,
@@ -72,6 +73,7 @@ def make(
     context: bool = True,
     rows: list[ItemRow] | None = None,
     past: int = 0,
+    purchase_weight: float = 0.0,
 ) -> tuple[Recommender, Tables, Manifest]:
     """A release with random weights; of items that say something, every third was never clicked."""
     torch.set_num_threads(1)
@@ -84,6 +86,7 @@ def make(
         gap_vectors=context,
         hour_vectors=context,
         past=past,
+        purchase_weight=purchase_weight,
     )
     content = None if rows is None else content_of(rows, settings.content_buckets)
     model = Recommender(NUM_ITEMS, settings, content)
@@ -186,6 +189,27 @@ def test_attention_over_the_past_gives_the_same_bits_alone_and_in_company(tmp_pa
         one = slice(user, user + 1)
         alone = engine.query(states[one], Past(past.x_BME[one], past.has_BM[one]))
         assert np.array_equal(alone[0], together[user])
+
+
+def test_a_release_may_be_asked_for_purchases(tmp_path: Path) -> None:
+    """A second head on the same state; a release without one is refused by name."""
+    store = ReleaseStore(str(tmp_path))
+    for name, weight in (("r1", 0.0), ("r2", 1.0)):
+        folder = store.staging(name)
+        model, tables, manifest = make(folder, purchase_weight=weight, past=3)
+        check_release(folder, model, tables, None)
+        store.add(folder)
+    settings = ServingSettings(provider="cpu", threads=1, head="purchase")
+
+    with pytest.raises(ContractError, match="setting asks for 'purchase'"):
+        LoadedRelease(store.publish("r1"), store.fetch("r1"), settings)
+    loaded = LoadedRelease(store.publish("r2"), store.fetch("r2"), settings)
+
+    states = np.random.default_rng(0).uniform(-0.5, 0.5, (5, manifest.state_floats))
+    states = states.astype(np.float32)
+    by_click = rank_states(states, loaded, want=10)
+    by_purchase = rank_states(states, loaded, want=10, head="purchase")
+    assert [found.items for found in by_click] != [found.items for found in by_purchase]
 
 
 def test_the_past_of_a_record_is_what_the_histories_say(tmp_path: Path) -> None:

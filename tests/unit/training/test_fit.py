@@ -17,11 +17,13 @@ from afterclick.serving.manifest import ItemRow
 from afterclick.training.data import I64, Sequences, build_log, split
 from afterclick.training.fit import Fitted, fit, recency_weights
 from afterclick.training.losses import Candidates, Drawn, Scored, next_item_loss
-from afterclick.training.model import Recommender
+from afterclick.training.model import Recommender, Steps
 from afterclick.training.settings import TrainingSettings, training_settings
 from afterclick.training.text import content_of
 from afterclick.training.warm import load_weights, save_weights
-from tests.unit.training.worlds import quick, ring
+from tests.unit.training.worlds import columns, quick, ring
+
+HEADS = ("click", "purchase")
 
 
 def run(settings: TrainingSettings, **given: object) -> Fitted:
@@ -73,6 +75,32 @@ def test_attention_to_the_past_learns_with_the_rest() -> None:
     assert float(fitted.model.attend.value.weight.detach().abs().max()) > 0.01
 
 
+def test_what_is_bought_next_is_a_task_of_its_own() -> None:
+    """Whoever clicks around the ring buys its item 0 alone: the purchase head must say so."""
+    rng = np.random.default_rng(0)
+    clicks = []
+    for user in range(80):
+        item = int(rng.integers(1, 12))
+        for step in range(10):
+            name, event = ("i000", "purchase") if step in (4, 9) else (f"i{item:03d}", "click")
+            clicks.append((f"u{user}", name, 1_700_000_000_000 + user * 60_000 + step, event))
+            item = item % 11 + 1
+    log = build_log(columns(*clicks), history=50)
+    torch.set_num_threads(1)
+    settings = quick(epochs=6, dropout=0.1, purchase_weight=1.0)
+
+    model = fit(log.sequences, None, len(log.item_ids), settings).model
+    item_TB = torch.from_numpy(log.sequences.item_P.reshape(-1, 10)[:, :3].T.copy())
+    steps = Steps(item_TB, torch.full_like(item_TB, 2), *[torch.zeros_like(item_TB)] * 2)
+    with torch.no_grad():
+        h_BH = model.hidden(model.step_vectors(item_TB.reshape(-1)).view(3, -1, 16), steps)[-1]
+        scores = {h: model.query(h_BH, head=h) @ model.scan_vectors()[:, :-1].T for h in HEADS}
+    best = {head: (found + model.bias).argmax(1) for head, found in scores.items()}
+
+    assert (best["purchase"] == 0).all()
+    assert (best["click"] != 0).any()
+
+
 def test_half_precision_learns_the_same_ring() -> None:
     """What a CPU with AMX does by itself; here it is only slow."""
     half, full = (run(quick(epochs=6, dropout=0.1, precision=p)) for p in ("bf16", "fp32"))
@@ -90,8 +118,8 @@ def test_two_processes_learn_what_one_does(
     hundred steps; a forgotten gradient moves the first epoch's loss by percents.
     """
     clicks = tmp_path / "clicks.csv"
-    columns = ring(60)
-    rows = zip(columns.user, columns.item, columns.time_ms, strict=True)
+    world = ring(60)
+    rows = zip(world.user, world.item, world.time_ms, strict=True)
     clicks.write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
     arguments = ["train", f"--clicks={clicks}", "--json", "--progress=none", "--threads=1"]
     arguments += ["--units=16", "--dim=16", "--epochs=3", "--batch-events=64"]
