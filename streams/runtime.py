@@ -120,7 +120,7 @@ class Runtime:
         if self.loaded is None:
             return Ranked([], [])
         state_BS: F32 = self.loaded.engine.zero_state(1)
-        return rank_states(state_BS, self.loaded, want=want)[0]
+        return rank_states(state_BS, self.loaded, want=want, head=self._settings.head)[0]
 
     async def start(self) -> None:
         """Load what is published and read all items; without a release, go on without one."""
