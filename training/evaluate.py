@@ -110,7 +110,9 @@ def model_queries(model: Recommender, held: Held, step_ND: Tensor) -> npt.NDArra
     places, queries = [np.zeros(0, np.int64)], []
     for question in questions(held, device=model.bias.device):
         places.append(question.at_X)
-        queries.append(model.query(_states_before(model, question, step_ND)).cpu().numpy())
+        past = model.past(step_ND, question.steps.item_TB, question.step_X, question.row_X)
+        h_XH = _states_before(model, question, step_ND)
+        queries.append(model.query(h_XH, past).cpu().numpy())
     query_XD = np.concatenate(queries)[np.argsort(np.concatenate(places))]
     return np.pad(query_XD, ((0, 0), (0, 1)), constant_values=1)
 
