@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from afterclick.serving.keys import Keys
-from afterclick.serving.records import TopList
+from afterclick.serving.records import TopList, encode_list, stamp_list
 from afterclick.serving.scripts import CARRY
 from afterclick.serving.store import Standing, Store
 
@@ -141,4 +141,5 @@ def _moved(data: bytes | None, partition: int) -> bytes:
     if not data:
         return b""
     top = msgspec.json.decode(data, type=TopList)
-    return msgspec.json.encode(msgspec.structs.replace(top, partition=partition, offset=-1))
+    moved = msgspec.structs.replace(top, partition=partition, offset=-1)
+    return stamp_list(encode_list(moved), top.written_ms)

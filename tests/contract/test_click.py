@@ -34,6 +34,7 @@ def place(
     monkeypatch.setenv("AFTERCLICK_STREAMS__BROKER", broker_address)
     monkeypatch.setenv("AFTERCLICK_STREAMS__CLICKS_TOPIC", streams.clicks_topic)
     monkeypatch.setenv("AFTERCLICK_STREAMS__ITEMS_TOPIC", streams.items_topic)
+    monkeypatch.setenv("AFTERCLICK_STREAMS__SIGNALS_TOPIC", streams.signals_topic)
     monkeypatch.setenv("AFTERCLICK_SERVING__REDIS", redis_url)
     monkeypatch.setenv("AFTERCLICK_SERVING__NAMESPACE", name)
     return streams, Keys(name)

@@ -22,6 +22,7 @@ def streams(topics: StreamsSettings, monkeypatch: pytest.MonkeyPatch) -> Streams
     monkeypatch.setenv("AFTERCLICK_STREAMS__BROKER", topics.broker)
     monkeypatch.setenv("AFTERCLICK_STREAMS__CLICKS_TOPIC", topics.clicks_topic)
     monkeypatch.setenv("AFTERCLICK_STREAMS__ITEMS_TOPIC", topics.items_topic)
+    monkeypatch.setenv("AFTERCLICK_STREAMS__SIGNALS_TOPIC", topics.signals_topic)
     return topics
 
 

@@ -237,6 +237,7 @@ def test_moves_wait_from_their_write_until_the_topic_has_them(store: Store | Rep
 def test_a_rebuild_s_clearing_leaves_the_moves_that_wait(real: Store) -> None:
     """They are of this log, and the rebuild publishes none of the clicks that it folds again."""
     waiting = SignalsWrite(0, b"one")
+    real.keys = Keys(real.keys.namespace, layout=real.keys.layout, partitions=1)
     users = [UserWrite("u1", b"x", LIST)]
     assert real.commit(0, b"", head(1), entry(0), users, [], waiting) is None
     assert real.clear(0, encoded(head(1)), inputs=True)

@@ -171,6 +171,7 @@ def worker_env(
         "AFTERCLICK_STREAMS__BROKER": topics.broker,
         "AFTERCLICK_STREAMS__CLICKS_TOPIC": topics.clicks_topic,
         "AFTERCLICK_STREAMS__ITEMS_TOPIC": topics.items_topic,
+        "AFTERCLICK_STREAMS__SIGNALS_TOPIC": topics.signals_topic,
         "AFTERCLICK_STREAMS__GROUP": topics.group,
         # A killed worker holds its partitions for so long; Kafka allows no less by default.
         "AFTERCLICK_STREAMS__SESSION_TIMEOUT_S": "6",

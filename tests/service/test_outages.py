@@ -125,6 +125,7 @@ def test_redis_away_at_start_ends_with_its_address_but_no_password(
             "AFTERCLICK_STREAMS__BROKER": topics.broker,
             "AFTERCLICK_STREAMS__CLICKS_TOPIC": topics.clicks_topic,
             "AFTERCLICK_STREAMS__ITEMS_TOPIC": topics.items_topic,
+            "AFTERCLICK_STREAMS__SIGNALS_TOPIC": topics.signals_topic,
             "AFTERCLICK_STREAMS__START_TIMEOUT_S": "1.5",
             "AFTERCLICK_SERVING__REDIS": f"redis://:hidden-word@127.0.0.1:{port}/0",
         }
@@ -158,6 +159,7 @@ def test_a_redis_that_evicts_is_refused(topics: StreamsSettings, tmp_path: Path)
                 "AFTERCLICK_STREAMS__BROKER": topics.broker,
                 "AFTERCLICK_STREAMS__CLICKS_TOPIC": topics.clicks_topic,
                 "AFTERCLICK_STREAMS__ITEMS_TOPIC": topics.items_topic,
+                "AFTERCLICK_STREAMS__SIGNALS_TOPIC": topics.signals_topic,
                 "AFTERCLICK_SERVING__REDIS": server.url,
             }
         )

@@ -187,6 +187,7 @@ def test_a_wrong_password_ends_a_verb_with_2_and_stays_unsaid(
             "AFTERCLICK_STREAMS__BROKER": topics.broker,
             "AFTERCLICK_STREAMS__CLICKS_TOPIC": topics.clicks_topic,
             "AFTERCLICK_STREAMS__ITEMS_TOPIC": topics.items_topic,
+            "AFTERCLICK_STREAMS__SIGNALS_TOPIC": topics.signals_topic,
             "AFTERCLICK_SERVING__REDIS": url,
             "AFTERCLICK_SERVING__REDIS_PASSWORD_FILE": str(tmp_path / "word"),
         },
