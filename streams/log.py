@@ -155,9 +155,16 @@ class LogReader:
 class Tail:
     """Everything of one topic, from given offsets on, as it comes."""
 
-    def __init__(self, settings: StreamsSettings, topic: str, positions: list[int]) -> None:
+    def __init__(
+        self,
+        settings: StreamsSettings,
+        topic: str,
+        positions: list[int],
+        *,
+        check_crcs: bool = True,
+    ) -> None:
         self._settings = settings
-        self._consumer = guarded(settings, lambda: new_consumer(settings))
+        self._consumer = guarded(settings, lambda: new_consumer(settings, check_crcs=check_crcs))
         tps = [TopicPartition(topic, partition) for partition in range(len(positions))]
         self._consumer.assign(tps)
         for tp, offset in zip(tps, positions, strict=True):
@@ -186,7 +193,11 @@ class Tail:
 
 
 def new_consumer(
-    settings: StreamsSettings, isolation: str = "read_committed", group: str | None = None
+    settings: StreamsSettings,
+    isolation: str = "read_committed",
+    group: str | None = None,
+    *,
+    check_crcs: bool = True,
 ) -> Any:
     """A kafka-python consumer that joins no group and commits nothing by itself."""
     return KafkaConsumer(
@@ -195,6 +206,7 @@ def new_consumer(
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level=isolation,
+        check_crcs=check_crcs,
         max_partition_fetch_bytes=8 << 20,
     )
 

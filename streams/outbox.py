@@ -12,14 +12,15 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from kafka import KafkaProducer
-from kafka.errors import KafkaError, MessageSizeTooLargeError
+import aiokafka
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from afterclick.serving.errors import UnavailableError
 from afterclick.serving.store import SignalsWrite
 from afterclick.streams.admin import client_config
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import PartitionFold
+from afterclick.streams.security import kafka_arguments
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.signals import Origin, encode_signal
 
@@ -33,9 +34,6 @@ REQUEST_BYTES_MAX = 8 << 20
 """Of our client: the broker's own limit decides."""
 
 ACK_TIMEOUT_S = 30.0
-BLOCK_MS = 10_000
-"""Longest wait for the broker's address book; the next round tries again."""
-
 log = logging.getLogger(__name__)
 
 
@@ -200,10 +198,15 @@ async def _trimmed(publisher: Publisher, partitions: list[int], metrics: Metrics
 
 
 class SignalsProducer:
-    """Connection to topic `signals`, made at the first record."""
+    """Connection to topic `signals`, made at the first record; used by one thread at a time.
+
+    aiokafka, whose checksum is C: kafka-python's cost 8 µs a click. Its event loop runs only while
+    a record is sent.
+    """
 
     def __init__(self, settings: StreamsSettings) -> None:
         self._settings = settings
+        self._runner: asyncio.Runner | None = None
         self._producer: Any = None
 
     def send(self, message: Message) -> None:
@@ -213,31 +216,43 @@ class SignalsProducer:
             UnavailableError: it did not take it in time.
             TooLargeError: it never will.
         """
-        settings = self._settings
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        where = f"Kafka at {self._settings.broker}: {self._settings.signals_topic}"
         try:
-            if self._producer is None:
-                self._producer = KafkaProducer(
-                    **client_config(settings),
-                    acks="all",
-                    # What comes twice is counted once; one refusal must not fail every later one.
-                    enable_idempotence=False,
-                    max_request_size=REQUEST_BYTES_MAX,
-                    max_block_ms=BLOCK_MS,
-                )
-            key = str(message.partition).encode()
-            sent = self._producer.send(settings.signals_topic, key=key, value=message.value)
-            sent.get(timeout=ACK_TIMEOUT_S)
+            self._runner.run(asyncio.wait_for(self._send(message), ACK_TIMEOUT_S))
         except MessageSizeTooLargeError as error:
             raise TooLargeError(str(error)) from error
-        except KafkaError as error:
-            raise UnavailableError(
-                f"Kafka at {settings.broker}: {settings.signals_topic}: {error!r}"
-            ) from error
+        except (KafkaError, TimeoutError) as error:
+            raise UnavailableError(f"{where}: {error!r}") from error
 
     def close(self) -> None:
         """Close the connection."""
-        if self._producer is not None:
-            self._producer.close(timeout=5)
+        if self._runner is not None:
+            if self._producer is not None:
+                self._runner.run(self._producer.stop())
+            self._runner.close()
+        self._runner = self._producer = None
+
+    async def _send(self, message: Message) -> None:
+        settings = self._settings
+        if self._producer is None:
+            # What comes twice is counted once, so no idempotence: a right less to give.
+            producer = aiokafka.AIOKafkaProducer(
+                bootstrap_servers=client_config(settings)["bootstrap_servers"],
+                client_id="afterclick",
+                **kafka_arguments(settings),
+                acks="all",
+                max_request_size=REQUEST_BYTES_MAX,
+            )
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._producer = producer
+        key = str(message.partition).encode()
+        await self._producer.send_and_wait(settings.signals_topic, message.value, key)
 
 
 def _fitting(waiting: Sequence[SignalsWrite]) -> list[SignalsWrite]:
