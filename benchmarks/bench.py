@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = table(result, runs)
     sys.stdout.write("\n".join(lines) + "\n")
     if report:
-        path = write_report(
-            ROOT / "benchmarks" / "results", name, words, arguments, options, result, lines
-        )
+        path = write_report(name, words, arguments, options, result, lines)
         _say(f"report: {path.relative_to(ROOT)}")
     sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
     return 1 if result["failures"] else 0

@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import onnxruntime
 
-from benchmarks.ground import Options
+from benchmarks.ground import ROOT, Options
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine(name: str) -> tuple[str, str]:
@@ -73,7 +75,6 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
 
 
 def write_report(
-    folder: Path,
     name: str,
     words: str,
     arguments: Sequence[str],
@@ -81,16 +82,23 @@ def write_report(
     result: dict[str, Any],
     lines: list[str],
 ) -> Path:
-    """Write `end-to-end_<machine>_<date>.md`; a report of the same day is replaced."""
-    path = folder / f"end-to-end_{name}_{time.strftime('%Y-%m-%d', time.gmtime())}.md"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the page of `make bench`."""
     command = f'make bench ARGS="{" ".join(arguments)}"'
+    lines = [f"Options: `{msgspec.json.encode(options).decode()}`", "", *lines]
+    return write_page("end-to-end", name, words, command, result, lines)
+
+
+def write_page(
+    what: str, name: str, words: str, command: str, result: dict[str, Any], lines: list[str]
+) -> Path:
+    """Write `results/<what>_<machine>_<date>.md`; a report of the same day is replaced."""
+    path = RESULTS / f"{what}_{name}_{time.strftime('%Y-%m-%d', time.gmtime())}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = [
-        f"# End to end on {name}",
+        f"# {what.replace('-', ' ').capitalize()} on {name}",
         "",
         f"Command: `{command}`",
         f"Machine: {words}",
-        f"Options: `{msgspec.json.encode(options).decode()}`",
         "",
         *lines,
         "",

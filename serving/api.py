@@ -26,6 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
+from afterclick.serving.gathering import GatheredTopK
 from afterclick.serving.reader import AsyncTopK
 from afterclick.serving.settings import ServingSettings
 
@@ -77,10 +78,14 @@ def build_api(settings: ServingSettings, metrics: ApiMetrics | None = None) -> S
     """
     metrics = metrics or ApiMetrics()
     reader = AsyncTopK(settings.redis, namespace=settings.namespace, layout=settings.layout)
+    # On a cluster users of a node that is away must not share the error with others.
+    single: AsyncTopK | GatheredTopK = reader
+    if settings.layout == "single":
+        single = GatheredTopK(reader)
 
     async def one(request: Request) -> Response:
         user, k = _user(request.path_params["user"]), _k(request)
-        return _json(await reader.get(user, k))
+        return _json(await single.get(user, k))
 
     async def several(request: Request) -> Response:
         users = [_user(user) for user in request.query_params.getlist("user")]

@@ -1,5 +1,6 @@
 """`afterclick api` as a process of its own, over real HTTP, beside a real Redis."""
 
+import asyncio
 import json
 import os
 import signal
@@ -158,6 +159,46 @@ def test_a_key_that_is_no_list_is_a_500_that_names_it(api: Api) -> None:
     assert answer.status == 500
     assert "afterclick:top:odd" in json.loads(answer.body)["error"]
     assert api.ask("/v1/top/c")["items"] == ["z"]
+
+
+async def _together(port: int, paths: list[str]) -> list[tuple[int, Any]]:
+    """Status and body of requests that arrive in one moment, each on a connection of its own."""
+    connections = [await asyncio.open_connection("127.0.0.1", port) for _ in paths]
+    for path, (_, writer) in zip(paths, connections, strict=True):
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    answers = []
+    for reader, writer in connections:
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        answers.append((int(head.split()[1]), json.loads(body)))
+        writer.close()
+        await writer.wait_closed()
+    return answers
+
+
+def test_a_crowd_is_answered_with_few_connections_to_redis(api: Api, server: Redis) -> None:
+    """A connection to Redis for each request ended at the client's limit of 100, with 503."""
+    with redis.Redis.from_url(server.url) as look:
+        before = look.info("stats")["total_connections_received"]
+        answers = asyncio.run(_together(api.port, ["/v1/top/c"] * 300))
+        opened = look.info("stats")["total_connections_received"] - before
+
+    assert [status for status, _ in answers] == [200] * 300
+    assert opened <= 2
+
+
+def test_nobody_in_a_crowd_gets_anothers_answer(api: Api) -> None:
+    """They share one read: by user, by k, and where one key among them is no list."""
+    paths = [
+        "/v1/top/c",
+        "/v1/top/odd",
+        "/v1/top/a%2Fb%20%C3%BC?k=1",
+        "/v1/top/a%2Fb%20%C3%BC",
+    ] * 20
+
+    answers = asyncio.run(_together(api.port, paths))
+
+    expected = [(200, ["z"]), (500, None), (200, ["新闻"]), (200, ["新闻", "x", "y"])] * 20
+    assert [(status, body.get("items")) for status, body in answers] == expected
 
 
 def test_every_answer_is_counted(api: Api) -> None:

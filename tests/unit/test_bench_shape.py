@@ -6,10 +6,12 @@ from collections.abc import Callable
 import pytest
 
 from afterclick.streams.settings import StreamsSettings
+from benchmarks import reads
 from benchmarks.bench import _together
 from benchmarks.drain import Drain
 from benchmarks.ground import Options, backlog
 from benchmarks.latency import Schedule, Task, summary
+from benchmarks.readers import Seen
 
 MS = 1_000_000
 
@@ -99,6 +101,21 @@ def test_the_backlog_is_the_seeds() -> None:
     assert backlog(options, end_ms=10**12) == backlog(options, end_ms=10**12)
     other = Options(clicks=500, seed=8)
     assert backlog(options, end_ms=10**12) != backlog(other, end_ms=10**12)
+
+
+def test_a_read_counts_from_when_it_was_due_and_a_lost_one_is_infinite() -> None:
+    """A reader that waits for the answer before must not make the next read look fast."""
+    seen = Seen(
+        due_ns=[MS, 2 * MS, 3 * MS, 4 * MS],
+        begun_ns=[MS, 6 * MS, 7 * MS, 8 * MS],
+        done_ns=[6 * MS, 7 * MS, 8 * MS, 0],
+        wrong={"status 503": 1},
+        cpu_ms_a_read=0.5,
+    )
+    found = reads.summary([seen, seen], counted_from_ns=2 * MS)
+    assert (found["reads"], found["p50"], found["max"]) == (6, 5.0, None)
+    assert (found["lost"], found["wrong"]) == (2, {"status 503": 2})
+    assert found["reader_lag_p99"] == 4.0
 
 
 def progress(values: list[int]) -> Callable[[], int]:
