@@ -252,8 +252,7 @@ class Scanner:
         """
         k = min(k, self.num_rows)
         if len(q_BD) >= SHARED_USERS_MAX:
-            scores, rows = self._run(q_BD, ["top_scores", "top_rows"], k)
-            return scores, rows
+            return self._top(q_BD, k)
         ask = _Ask(q_BD, k)
         with self._guard:
             self._asking.append(ask)
@@ -271,9 +270,7 @@ class Scanner:
             asking, self._asking = self._asking, []
         q_BD = np.concatenate([ask.q_BD for ask in asking])
         try:
-            scores_BK, rows_BK = self._run(
-                q_BD, ["top_scores", "top_rows"], max(ask.k for ask in asking)
-            )
+            scores_BK, rows_BK = self._top(q_BD, max(ask.k for ask in asking))
         except Exception as error:  # noqa: BLE001 - all who asked must hear of it
             for ask in asking:
                 ask.error = error
@@ -295,6 +292,10 @@ class Scanner:
         """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""
         scores: F32 = self._run(q_BD, ["scores"], 1)[0]
         return scores
+
+    def _top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
+        scores_BK, rows_BK = self._run(q_BD, ["top_scores", "top_rows"], k)
+        return scores_BK, rows_BK
 
     def _run(self, q_BD: F32, outputs: list[str], k: int) -> list[Any]:
         num_users = len(q_BD)

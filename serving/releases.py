@@ -21,7 +21,8 @@ import numpy as np
 from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Engine, Past, Scanner, output_of
-from afterclick.serving.errors import BAD_JSON, ContractError, UnavailableError
+from afterclick.serving.errors import BAD_JSON, ConfigError, ContractError, UnavailableError
+from afterclick.serving.index import TwoStageScanner
 from afterclick.serving.manifest import (
     MANIFEST_NAME,
     SELF_TEST_NAME,
@@ -71,12 +72,7 @@ class LoadedRelease:
         self.catalog = Catalog.from_release(folder, self.manifest)
         if self.blend is not None:
             self.memory = Memory.from_release(folder, self.manifest, self.catalog.ids)
-        self.scanner = Scanner(
-            self.catalog.scan_vectors_ND,
-            provider=settings.provider,
-            threads=settings.threads,
-            precision=settings.precision,
-        )
+        self.scanner = _scanner(self.catalog.scan_vectors_ND, settings)
         self.catalog.matrix_changed = False
         self._warm(settings)
 
@@ -240,6 +236,22 @@ class ReleaseStore:
     def remove(self, release: str) -> None:
         """Delete a release; a copy that this machine pulled stays."""
         self._place.remove_folder(release, first=MANIFEST_NAME)
+
+
+def _scanner(scan_vectors_ND: F32, settings: ServingSettings) -> Scanner:
+    if settings.scan == "exact":
+        return Scanner(
+            scan_vectors_ND,
+            provider=settings.provider,
+            threads=settings.threads,
+            precision=settings.precision,
+        )
+    if settings.provider == "cuda" or settings.precision != "fp32":
+        raise ConfigError(
+            "scan: 'two-stage' runs on the CPU with precision 'fp32', got provider "
+            f"{settings.provider!r} and precision {settings.precision!r}; set scan to 'exact'"
+        )
+    return TwoStageScanner(scan_vectors_ND, threads=settings.threads)
 
 
 def load_checked(folder: Path, publication: Publication) -> Manifest:

@@ -22,6 +22,8 @@ Head = Literal["click", "purchase"]
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+Scan = Literal["exact", "two-stage"]
+
 SECRET = "_password"  # noqa: S105 - how the names of settings end that hold one
 SECRET_BYTES_MAX = 4096
 """Of a file that holds one; a longer file is another one than was meant."""
@@ -89,6 +91,12 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """Threads of one ONNX Runtime call; 0 means one per core. Several partitions folded side by
     side
     with one thread each beat one fold with all threads (docs/performance.md).
+    """
+
+    scan: Scan = "exact"
+    """`two-stage` scores every item roughly and the best exactly: for catalogues of 100,000 items
+    and more, on the CPU; needs the extra `index`. Lists then miss an item in a hundred or so
+    (docs/performance.md).
     """
 
     precision: Literal["fp32", "fp16"] = "fp32"
@@ -190,7 +198,9 @@ def _secret(name: str, path: str) -> str:
     return secret
 
 
-class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ListRules(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The settings that decide bytes of records and lists; every input entry names them whole.
 
     A change of one of these while a stream runs is written to the partition's inputs list, so that
@@ -206,6 +216,7 @@ class ListRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     popularity_half_life_s: int
     popularity_items_max: int
     head: Head = "click"
+    scan: Scan = "exact"
 
     @classmethod
     def of(cls, settings: ServingSettings) -> "ListRules":

@@ -72,7 +72,7 @@ class Releases:
         self._absorber: Absorber | None = None
         self._signals_end = 0
         self._store = ReleaseStore(settings.releases, settings.releases_cache)
-        self._key: tuple[int, str] | None = None
+        self._key: tuple[int, str, str] | None = None
         self._loaded: LoadedRelease | None = None
         self._catalog = Catalog.empty()
         self.whole = True
@@ -88,7 +88,7 @@ class Releases:
         Raises:
             ContractError: the release is gone or is not the one that was published then.
         """
-        key = (entry.publication, entry.sha256)
+        key = (entry.publication, entry.sha256, entry.rules.scan)
         if key != self._key or any(
             have > then
             for have, then in itertools.zip_longest(self._catalog.offsets, entry.items, fillvalue=0)
@@ -166,7 +166,9 @@ class Releases:
         publication = Publication(
             number=entry.publication, release=entry.release, sha256=entry.sha256
         )
-        self._loaded = LoadedRelease(publication, self._store.fetch(entry.release), self._settings)
+        # Lists are those of the scan that made them, whatever this process was told.
+        settings = msgspec.structs.replace(self._settings, scan=entry.rules.scan)
+        self._loaded = LoadedRelease(publication, self._store.fetch(entry.release), settings)
         self._catalog = self._loaded.catalog
         self._catalog.offsets = list(self._loaded.manifest.items_offset)
         self._absorber = absorber_of(self._loaded, self._namespace)
