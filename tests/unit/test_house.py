@@ -187,6 +187,7 @@ def test_the_extras_are_those_that_the_pages_name(wheel: zipfile.ZipFile) -> Non
         "api",
         "worker",
         "gpu",
+        "index",
         "train",
         "local",
         "dev",
