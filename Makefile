@@ -7,6 +7,7 @@
 #   make kafka               Apache Kafka 4 and Redis, until Ctrl-C
 #   make lint                ruff, mypy, import rules
 #   make bench               clicks per second, end to end; the last line is one JSON object
+#   make profile                 CPU of a click by stage, and a flame graph (var/profile.svg)
 #   make chaos [FAULTS=20] [BROKER=kafka] [SEED=1] [WORKERS=2]
 #                            the same on any schedule; the last line is one JSON object
 #   make simulate [SEEDS=1000] [FIRST=1]  faults between any two steps, simulated; the last line is one JSON object
@@ -20,7 +21,7 @@ READY := $(VENV)/.ready
 ROOMS := serving streams training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kafka test-fault kafka lint bench chaos simulate fuzz clean redis
+.PHONY: help setup demo test test-kafka test-fault kafka lint bench profile chaos simulate fuzz clean redis
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +67,9 @@ lint: setup
 
 bench: setup redis
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+profile: setup redis
+	@$(BIN)/python -m benchmarks.stages $(ARGS)
 
 chaos: setup redis
 	@$(BIN)/python -m tests.fault.chaos --faults $(or $(FAULTS),20) --broker $(or $(BROKER),tansu) \

@@ -23,16 +23,15 @@ import numpy as np
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.index import SURVIVORS, TwoStageScanner
 from afterclick.serving.manifest import read_manifest
+from afterclick.streams.fold import SCAN_SCORES_MAX, SCAN_USERS_MAX
 from benchmarks.report import RESULTS, machine, write_page
 from tests.tiny_release import write_tiny_release
 
 WANT = 71
 """K + margin + 1, what a fold asks for by default."""
 K = 50
-SCORES_MAX = 1 << 26
-"""Scores of one exact scan: 256 MiB, as a worker's."""
 REPEATS = 3
-SIZES = (20_000, 100_000, 300_000, 1_000_000)
+SIZES = (20_000, 100_000, 300_000)
 HUGE = 10_000_000
 NOISE = 0.02
 
@@ -50,7 +49,7 @@ def cpu_us(call: Callable[[], object], users: int, repeats: int = REPEATS) -> fl
 
 def scan_all(scanner: Scanner, q_BD: F32, want: int = WANT) -> tuple[np.ndarray, np.ndarray]:
     """All users, in batches that a worker would make."""
-    size = int(max(2, min(256, SCORES_MAX // scanner.num_rows)))
+    size = int(max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // scanner.num_rows)))
     found = [scanner.top(q_BD[at : at + size], want) for at in range(0, len(q_BD), size)]
     return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
 
@@ -92,7 +91,7 @@ def survivors(vectors: F32, q_BD: F32) -> list[list[float]]:
     """Survivors, recall@50 and CPU µs a user of the two-stage scan."""
     expected = scan_all(Scanner(vectors, provider="cpu", threads=1), q_BD)[1]
     found = []
-    for num in (512, 1024, SURVIVORS, 2 * SURVIVORS):
+    for num in (SURVIVORS // 2, SURVIVORS, 2 * SURVIVORS):
         two = TwoStageScanner(vectors, threads=1, survivors=num)
         us = cpu_us(lambda two=two: scan_all(two, q_BD), len(q_BD), 1)  # type: ignore[misc]
         found.append([num, recall(expected, scan_all(two, q_BD)[1], K), round(us)])
@@ -219,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.catalogues", description=main.__doc__
     )
     parser.add_argument("vectors", type=Path, help="folder that benchmarks.vectors wrote")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="below all of them")
     parser.add_argument("--users", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--huge", action="store_true", help="10 million items too: 7 GB of memory")
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Part of a catalogue is drawn from all of it: its first rows would be the most clicked.
     mixed = np.random.default_rng(given.seed).permutation(len(vectors))
     rows = []
-    for size in [size for size in SIZES if size < len(vectors)] + [len(vectors)]:
+    for size in [size for size in given.sizes if size < len(vectors)] + [len(vectors)]:
         part = vectors if size == len(vectors) else vectors[np.sort(mixed[:size])]
         rows.append(catalogue(part, q_BD, repeats=given.repeats))
         print(msgspec.json.encode(rows[-1]).decode(), file=sys.stderr, flush=True)

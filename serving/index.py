@@ -27,13 +27,13 @@ import numpy as np
 from afterclick.serving.engine import F32, I64, MASKED, Scanner
 from afterclick.serving.errors import ConfigError
 
-SURVIVORS = 2048
+SURVIVORS = 768
 """Rows of a user that are scored exactly; recall and cost by their number: docs/performance.md."""
 
 SPARE_SHARE = 8
 """The first stage gives one row more for so many survivors, because some may be masked."""
 
-WANT_MAX = 512
+WANT_MAX = 256
 """Rows of an answer; who wants more is scanned exactly."""
 
 COORDINATES, BITS = 2, 4

@@ -15,6 +15,7 @@ from benchmarks.gpu import CARDS, floors_ms
 from benchmarks.ground import Options, backlog
 from benchmarks.latency import Schedule, Task, summary
 from benchmarks.readers import Seen
+from benchmarks.stages import shares, stage_of
 
 MS = 1_000_000
 
@@ -164,3 +165,17 @@ def test_recall_is_the_share_of_the_best_that_were_found() -> None:
     """Order does not count, what lies beyond k does not either."""
     expected, found = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[2, 1, 9], [7, 4, 5]])
     assert recall(expected, found, 2) == 0.75
+
+
+def test_a_sample_belongs_to_its_innermost_stage() -> None:
+    """Frames of libraries count for whoever called them."""
+    fold = "thread (1): w;fold (streams/fold.py:250)"
+    assert stage_of(f"{fold};Scanner.top (serving/engine.py:200);run (onnxruntime/x.py:1)") == (
+        "scan, top-K"
+    )
+    assert stage_of(f"{fold};Engine.advance (serving/engine.py:1);_all (numpy/y.py:2)") == "steps"
+    assert stage_of(fold) == "fold, the rest"
+    assert stage_of("thread (1): MainThread;main (cli.py:3)") == "other"
+    waits = "thread (2): w;run (faust/x.py:1);EpollSelector.select (selectors.py:468)"
+    raw = f"{fold} 3\nthread (1): w;main (cli.py:3) 1\n{waits} 9\n"
+    assert shares(raw) == {"fold, the rest": 0.75, "other": 0.25}
