@@ -23,6 +23,7 @@ from afterclick.serving.engine import F32, I64, MASKED, Provider, Scanner, sessi
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import (
     RECENT,
+    TIMED,
     Past,
     Pool,
     Published,
@@ -195,12 +196,13 @@ def gather(
     past = past_of(contexts, memory)
     dropped = _dropped(drops, memory)
     deepest = max((len(own) for own in drops or ()), default=0)
-    score_BN, best_BC, user_E, code_E = _of_model(
+    score_BN, best_BC, user_E, code_E, best_E = _of_model(
         scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
     )
     near = neighbours.neighbour_items(
         memory.sessions, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
     )
+    model_E = user_E, code_E, best_E
     keys = [user_E * num_codes + code_E]
     user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
     followers = [user_E * num_codes + memory.next.item_A[at_E]]
@@ -224,8 +226,9 @@ def gather(
     pool = Pool(key_E, num_users, num_codes)
     row_R = rows.row_N[pool.code_R]
     own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
-    scored = Scored(best_BC[:, : max(spec.model, 1)], own_R)
-    feature_RF = describe(pool, past, memory, scored, near, rows.published)
+    scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
+    timed = not TIMED.isdisjoint(spec.features)
+    feature_RF = describe(pool, past, memory, scored, near, rows.published, timed=timed)
     return Candidates(pool, feature_RF, _sources(pool, keys) if tell_sources else None)
 
 
@@ -277,8 +280,8 @@ def _of_model(
     dropped: I64,
     deepest: int,
     num_codes: int,
-) -> tuple[F32, F32, I64, I64]:
-    """All scores, each user's best ones, and user and code of these."""
+) -> tuple[F32, F32, I64, I64, I64]:
+    """All scores, each user's best ones, and user, code and place of these."""
     score_BK, row_BK, score_BN = scanner.top_and_scores(query_BD, num_best + deepest + 1)
     code_BK = rows.code_of_row[row_BK]
     fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
@@ -292,7 +295,11 @@ def _of_model(
     user_E, at_E = np.nonzero(fine_BK & (place_BK <= num_best))
     best_BC = np.full((len(query_BD), num_best), MASKED, np.float32)
     best_BC[user_E, place_BK[user_E, at_E] - 1] = score_BK[user_E, at_E]
-    return score_BN, best_BC, user_E, code_BK[user_E, at_E]
+    # Equal scores share the best place: the order of rows says nothing.
+    fresh_BC = np.diff(best_BC, axis=1, prepend=np.inf) != 0
+    shared_BC = np.maximum.accumulate(np.where(fresh_BC, np.arange(num_best), 0), axis=1)
+    place_E = shared_BC[user_E, place_BK[user_E, at_E] - 1]
+    return score_BN, best_BC, user_E, code_BK[user_E, at_E], place_E
 
 
 def _best_near(

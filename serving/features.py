@@ -57,7 +57,7 @@ FEATURES = (
     *CONTEXT_FEATURES,
 )
 
-TIMED = ("next_day", *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES)
+TIMED = frozenset({"next_day", *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES})
 """These say nothing where a log has no times."""
 
 MODEL_FLOOR = -14.0
@@ -132,6 +132,10 @@ class Scored(NamedTuple):
     """Falling."""
     own_R: F32
     """Of each candidate; very low where it has no row, or is hidden."""
+    user_E: I64
+    code_E: I64
+    place_E: I64
+    """Of each user's best items: places from 0, equal scores sharing the best one."""
 
 
 def describe(
@@ -141,6 +145,8 @@ def describe(
     scored: Scored,
     near: tuple[I64, I64, F64],
     published: Published,
+    *,
+    timed: bool = True,
 ) -> F32:
     """(R, F) all features of all candidates, in the order of `FEATURES`.
 
@@ -151,6 +157,7 @@ def describe(
         scored: what the model says.
         near: what the session neighbours say: user, code and score of every entry.
         published: what the catalogue says.
+        timed: whether the columns of `TIMED` are wanted; else they may be zeros.
     """
     out_FR = np.zeros((len(FEATURES), len(pool)), np.float32)
     user_R, code_R = pool.user_R, pool.code_R
@@ -168,8 +175,9 @@ def describe(
     _transitions(put, pool, past, memory, share_R)
     _repeats(put, pool, past)
     put("popular", _log(share_R + 1e-6))
-    _heats(put, pool, past, memory)
-    _publication(put, pool, past, memory, published)
+    _heats(put, pool, past, memory, timed=timed)
+    if timed:
+        _publication(put, pool, past, memory, published)
     put("length", _log(1.0 + past.length_B)[user_R])
     put("clicks", _log(1.0 + past.clicks_B)[user_R])
     idle_B = np.maximum(past.now_ms_B - past.last_ms_B, 0)
@@ -192,14 +200,10 @@ def _model(put: Put, pool: Pool, scored: Scored) -> None:
     mass_B = _log(np.exp(best_BC - top_B[:, None]).sum(axis=1))
     share_R = scored.own_R - (top_B + mass_B)[pool.user_R]
     put("model", np.clip(share_R, MODEL_FLOOR, 0.0))
-    # Of equal scores the best place: the order of rows says nothing.
-    num_best = best_BC.shape[1]
-    key_BC = -best_BC.astype(np.float64)
-    rank_R = np.empty(len(pool))
-    for user in range(len(best_BC)):
-        own = slice(pool.begin_B1[user], pool.begin_B1[user + 1])
-        rank_R[own] = np.searchsorted(key_BC[user], -scored.own_R[own].astype(np.float64))
-    put("model_rank", _log(1.0 + np.minimum(rank_R, num_best)))
+    hit, row = pool.find(scored.user_E, scored.code_E)
+    place_R = np.full(len(pool), best_BC.shape[1])
+    place_R[row] = np.minimum(scored.place_E[hit], best_BC.shape[1])
+    put("model_rank", _log(1.0 + place_R))
 
 
 def _transitions(put: Put, pool: Pool, past: Past, memory: Memory, share_R: F64) -> None:
@@ -270,23 +274,23 @@ def _repeats(put: Put, pool: Pool, past: Past) -> None:
     put("repeats", repeats_B[pool.user_R])
 
 
-def _heats(put: Put, pool: Pool, past: Past, memory: Memory) -> None:
+def _heats(put: Put, pool: Pool, past: Past, memory: Memory, *, timed: bool) -> None:
     code_R = pool.code_R
     now_R = past.now_ms_B[pool.user_R]
-    heat_RH = memory.heat_NH[code_R]
-    tick_RH = memory.tick_NH[code_R]
-    for at, name in enumerate(_HEATS):
-        if at < len(HALF_LIVES_MS):
-            now = now_R * TICKS // HALF_LIVES_MS[at]
-        else:
-            now = np.full(len(pool), memory.moves * TICKS // memory.half_life_moves)
-        total = memory.total_heat_H[at] + 1.0
-        halves_R = np.maximum(now - tick_RH[:, at], 0) / TICKS
-        spent_R = np.maximum(now - memory.total_tick_H[at], 0) / TICKS
-        # In logarithms a half-life is a difference; what is nearly gone is all the same.
-        own_R = np.maximum(_log(heat_RH[:, at] + 1e-9) - np.log(2.0) * halves_R, -7.0)
-        all_R = np.maximum(np.log(total) - np.log(2.0) * spent_R, 0.0)
-        put(name, own_R - all_R)
+    num_timed = len(HALF_LIVES_MS)
+    now_BH = np.empty((len(past.now_ms_B), num_timed + 1), np.int64)
+    now_BH[:, :-1] = past.now_ms_B[:, None] * TICKS // np.array(HALF_LIVES_MS)
+    now_BH[:, -1] = memory.moves * TICKS // memory.half_life_moves
+    # In logarithms a half-life is a difference; what is nearly gone is all the same.
+    spent_BH = np.maximum(now_BH - memory.total_tick_H, 0) * _LOG_TICK
+    all_BH = np.maximum(np.log(memory.total_heat_H + 1.0) - spent_BH, 0.0).astype(np.float32)
+    columns = range(num_timed + 1) if timed else [num_timed]
+    for at in columns:
+        age_R = np.maximum(now_BH[pool.user_R, at] - memory.tick_NH[code_R, at], 0)
+        own_R = memory.log_heat_NH[code_R, at] - age_R.astype(np.float32) * _LOG_TICK
+        put(_HEATS[at], np.maximum(own_R, np.float32(-7.0)) - all_BH[pool.user_R, at])
+    if not timed:
+        return
     put("untouched", _age(now_R - memory.last_ms_N[code_R], memory.count_N[code_R]))
     put("age", _age(now_R - memory.first_ms_N[code_R], memory.count_N[code_R]))
 
@@ -313,13 +317,17 @@ def _age(ms_R: I64, count_R: I64) -> F64:
 
 
 def _log(value: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    return np.log(np.ascontiguousarray(value))
+    # Single precision, and never strided: one kernel for every place in an array.
+    return np.log(value.astype(np.float32))
 
 
 _LATER_LL = np.tri(RECENT, k=-1, dtype=bool).T
 """Places that are older than each place."""
 
 _STEP_WEIGHT = np.array([0.0, 1.0, STEP_FALL, STEP_FALL**2, STEP_FALL**3])
+
+_LOG_TICK = np.float32(np.log(2.0) / TICKS)
+"""What a tick takes from the logarithm of a heat."""
 
 _LOCAL = threading.local()
 

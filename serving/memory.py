@@ -99,6 +99,8 @@ class Memory:
         self.last_ms_N = np.zeros(0, np.int64)
         self.heat_NH = np.zeros((0, num_heats))
         self.tick_NH = np.zeros((0, num_heats), np.int64)
+        self.log_heat_NH = np.zeros((0, num_heats), np.float32)
+        """Logarithms of the heats."""
         """When each heat was right."""
         self.popular = np.zeros(0, np.int64)
         """Codes of the popular items, as of the last look."""
@@ -162,6 +164,9 @@ class Memory:
                 setattr(self, name, np.pad(getattr(self, name), (0, more)))
             self.heat_NH = np.pad(self.heat_NH, ((0, more), (0, 0)))
             self.tick_NH = np.pad(self.tick_NH, ((0, more), (0, 0)))
+            self.log_heat_NH = np.pad(
+                self.log_heat_NH, ((0, more), (0, 0)), constant_values=_log_of(np.zeros(1))[0]
+            )
             for trails in (self.next, self.later, self.back):
                 trails.grow(begin + more)
             self.ids.extend(fresh.values())
@@ -248,6 +253,7 @@ class Memory:
                 if name.startswith(f"{kind}.")
             }
             setattr(self, kind, Trails.restored(parts))
+        self.log_heat_NH = _log_of(self.heat_NH)
         self.sessions = Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields))
 
     def _count(self, item_M: I64, ms_M: I64, before_M3: I64) -> None:
@@ -292,6 +298,8 @@ class Memory:
                 then - tick_H
             )
             self.tick_NH[item] = then
+        touched = item_M[order[begin_G]]
+        self.log_heat_NH[touched] = _log_of(self.heat_NH[touched])
 
     def _look_for_popular(self) -> None:
         now_H = self.ticks(self.clock_ms)
@@ -369,6 +377,10 @@ _PLAIN = (
     "total_tick_H",
 )
 _TRAILS = ("next", "later", "back")
+
+
+def _log_of(heat: F64) -> npt.NDArray[np.float32]:
+    return np.log(heat + 1e-9).astype(np.float32)
 
 
 def _best(measure_N: F64, hash_N: npt.NDArray[np.uint64], num: int) -> I64:
