@@ -48,7 +48,7 @@ FLAGS = {
     "dropout": "share of the step vector dropped",
     "patience": "epochs without a better MRR@20 before stopping",
     "validation": "newest share held out",
-    "split": "auto, events or sequences",
+    "split": "auto, events, sequences or tails",
     "history": "longest stretch learnt from",
     "item_min_count": "clicks an item needs",
     "seed": "of everything random",
@@ -129,7 +129,11 @@ def evaluate(argv: Sequence[str]) -> int:
         if options.mode == "live":
             return _live(options, msgspec.structs.replace(serving, releases=folder), clicks)
         if options.config is not None:
-            serving = msgspec.structs.replace(serving, releases=folder)
+            serving = msgspec.structs.replace(
+                serving,
+                releases=folder,
+                filter_seen=serving.filter_seen or options.filter_seen,
+            )
             name = _trained(options, serving, train)
         else:
             name = options.release

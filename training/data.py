@@ -25,6 +25,10 @@ Mask = npt.NDArray[np.bool_]
 
 HOUR_MS = 3600 * 1000
 
+TAIL_OF = 3
+"""Shorter sequences keep their tail: one click must be left to learn a step from, and one to take.
+"""
+
 UNKNOWN = -1
 """Code of an item outside the vocabulary: it is no step, and never predicted."""
 
@@ -200,7 +204,7 @@ def split(sequences: Sequences, share: float, how: str) -> tuple[Sequences, Held
     Args:
         sequences: in order of their start.
         share: of the events, or of the sequences, that is held out; 0 holds out nothing.
-        how: `events`, `sequences` or `auto` (see `TrainingSettings.split`).
+        how: `events`, `sequences`, `tails` or `auto` (see `TrainingSettings.split`).
 
     Raises:
         ContractError: `events` was asked for and there are no times.
@@ -212,6 +216,14 @@ def split(sequences: Sequences, share: float, how: str) -> tuple[Sequences, Held
             "split: 'events' needs timestamps, and this log has none; use 'sequences' or 'auto'",
             reason="no-times",
         )
+    if how == "tails":
+        size_S = sequences.sizes()
+        kept_S = np.where(size_S < TAIL_OF, size_S, size_S - np.maximum(1, size_S * share // 1))
+        place_P = np.arange(sequences.num_events) - np.repeat(sequences.start_S1[:-1], size_S)
+        tail_P = place_P >= np.repeat(kept_S, size_S)
+        asked_P = np.repeat(kept_S < size_S, size_S)
+        held = sequences.select(asked_P)
+        return sequences.select(~tail_P), held_out(held, tail_P[asked_P])
     if how != "sequences" and sequences.time_P is not None:
         cut_ms = np.quantile(sequences.time_P, 1 - share, method="higher")
         newest_P = sequences.time_P >= cut_ms

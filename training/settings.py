@@ -130,9 +130,10 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     validation: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
     """Newest share of the data held out to choose the epoch; 0 trains every epoch on all of it."""
 
-    split: Literal["auto", "events", "sequences"] = "auto"
-    """Hold out the newest events, or whole sequences that started last. `auto` takes events where
-    there are times and most of the newest events are of users who were there before.
+    split: Literal["auto", "events", "sequences", "tails"] = "auto"
+    """Hold out the newest events, whole sequences that started last, or the newest events of each
+    sequence (`tails`: as leave-one-out asks; one at least). `auto` takes events where there are
+    times and most of the newest events are of users who were there before.
     """
 
     validation_events_max: Annotated[int, Meta(ge=100)] = 20_000

@@ -160,3 +160,16 @@ def test_batches_hold_every_window_once() -> None:
     assert sorted(np.concatenate(groups)) == list(range(500))
     assert max(cost[group].sum() for group in groups) <= 200 + 50
     assert np.concatenate(groups).tolist() != np.concatenate(others).tolist()
+
+
+def test_tails_are_the_newest_clicks_of_every_sequence() -> None:
+    """Leave-one-out asks for everybody's next click: so must the validation part."""
+    clicks = [(f"u{user}", f"i{at}", at) for user in range(3) for at in range((2, 5, 20)[user])]
+    sequences = build_log(columns(*clicks), history=50).sequences
+    train, held = split(sequences, 0.1, "tails")
+    assert held is not None
+    assert sorted(train.sizes().tolist()) == [2, 4, 18]
+    assert sorted(held.sequences.sizes().tolist()) == [5, 20]
+    assert held.target_P.sum() == 1 + 2
+    ends = held.sequences.start_S1[1:] - 1
+    assert held.target_P[ends].all()
