@@ -369,7 +369,9 @@ def _blend(
     live = settings.blend_memory == "live" or (
         settings.blend_memory == "auto" and source.snapshot.source.startswith("kafka:")
     )
-    arrivals = _arrivals(data) if live and data.train.time_P is not None else None
+    # Of tails, what comes later in one sequence comes before the tail of another.
+    live = live and data.train.time_P is not None and settings.split != "tails"
+    arrivals = _arrivals(data) if live else None
     if arrivals is not None:
         held, asked = _with_first_clicks(held), _with_first_clicks(asked)
     model = fitted.model
