@@ -147,6 +147,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "afterclick"})
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.6), sharey=False)
@@ -162,7 +163,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("CPU µs a user, one thread")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.report:
         command = " ".join(["python -m benchmarks.catalogues", *arguments])
         path = write_page("catalogues", name, words, command, result, lines)
-        plot(result["curves"], RESULTS / path.with_suffix(".png").name)
+        plot(result["curves"], RESULTS / path.with_suffix(".svg").name)
     print(msgspec.json.encode(result).decode())
     return 0 if all(row["alone_is_batch"] for row in rows) else 1
 
