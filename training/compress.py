@@ -1,8 +1,8 @@
 """Smaller releases from a release: static int8, magnitude pruning, distillation.
 
 The result is a release of its own: it passes the self-test, its manifest says what it was made
-from, and it is published like any other. Knows no command line. Shape letters: B users, P
-positions, N items, C items compared, S floats of state, D scan vector.
+from, and it is published like any other. Knows no command line. Shape letters: B users,
+S floats of state.
 
 `int8`: ONNX Runtime has no LSTM with static scales, so the recurrent weights are int8 in the file
 and float32 once loaded (weight-only: a quarter of the bytes, no time); matrices of the query graph
@@ -13,7 +13,6 @@ the one that saves time and record bytes.
 """
 
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -25,11 +24,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
-from onnx import helper, numpy_helper
-from torch.nn import functional
 
-from afterclick.serving.engine import F32, Engine
+from afterclick.serving.engine import Engine
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import (
     MANIFEST_NAME,
@@ -43,35 +39,20 @@ from afterclick.serving.manifest import (
 )
 from afterclick.serving.releases import LoadedRelease, ReleaseStore, replayed, self_test
 from afterclick.serving.settings import ServingSettings
-from afterclick.training.data import (
-    I64,
-    Columns,
-    Sequences,
-    build_log,
-    held_out,
-)
+from afterclick.training.data import Columns, build_log
+from afterclick.training.distillation import rows_of, teacher_guide
 from afterclick.training.export import Histories, advance_whole, real_histories
-from afterclick.training.fit import Guide
-from afterclick.training.model import Recommender
 from afterclick.training.pipeline import prepare, release_id, train_release
 from afterclick.training.settings import TrainingSettings
+from afterclick.training.smaller_graphs import matrices_int8, pruned, weights_int8
 from afterclick.training.sources import Source
-from afterclick.training.trial import evaluate_release, release_queries
+from afterclick.training.trial import evaluate_release
 
 Method = Literal["int8", "prune", "distill"]
 Graphs = dict[str, onnx.ModelProto]
 
-RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
-MATRIX = frozenset({"MatMul", "Gemm"})
-
 CALIBRATION_STEPS = 64
 """Calls whose values set the scales of `int8`, each of `export.GATE_USERS` users at most."""
-
-TAUGHT_ITEMS = 1024
-"""Items whose scores a batch of distillation compares; a larger catalogue is drawn from."""
-
-SMALL = 16
-"""Tensors with fewer entries (scales, axes, constants) are never touched."""
 
 TIMED_CALLS = 200
 
@@ -202,82 +183,6 @@ def describe(found: Compressed) -> str:
     return "\n".join(lines) + "\n"
 
 
-def weights_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose recurrent weights are int8 with one static scale per gate and unit."""
-    model = _copy(model)
-    graph = model.graph
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    unpack = []
-    for node in graph.node:
-        for name in node.input[1:3] if node.op_type in RECURRENT else ():
-            tensor = tensors.pop(name, None)
-            if tensor is None:
-                continue
-            weight = numpy_helper.to_array(tensor)
-            scale = np.maximum(np.abs(weight).max(axis=(0, 2)), 1e-12) / 127
-            packed = np.clip(np.rint(weight / scale[None, :, None]), -127, 127).astype(np.int8)
-            graph.initializer.remove(tensor)
-            parts = [f"{name}_int8", f"{name}_scale"]
-            arrays = (packed, scale.astype(np.float32))
-            graph.initializer.extend(map(numpy_helper.from_array, arrays, parts))
-            unpack.append(helper.make_node("DequantizeLinear", parts, [name], axis=1))
-    nodes = [*unpack, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return model
-
-
-def matrices_int8(model: onnx.ModelProto, feeds: list[dict[str, Any]]) -> onnx.ModelProto:
-    """A copy whose matrix products are int8, with static scales from the values in `feeds`."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._feeds = iter(feeds)
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self._feeds, None)
-
-    with tempfile.TemporaryDirectory(prefix="afterclick-int8-") as folder:
-        plain, packed = Path(folder) / "plain.onnx", Path(folder) / "packed.onnx"
-        onnx.save(model, str(plain))
-        quantize_static(
-            plain,
-            packed,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=sorted(MATRIX),
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
-        model = _copy(onnx.load(str(packed)))
-    return model
-
-
-def pruned(model: onnx.ModelProto, share: float) -> onnx.ModelProto:
-    """A copy in which this share of every weight matrix, its smallest entries, is zero."""
-    model = _copy(model)
-    used = {
-        name
-        for node in model.graph.node
-        if node.op_type in RECURRENT | MATRIX
-        for name in (node.input[1:3] if node.op_type in RECURRENT else node.input[:2])
-    }
-    for tensor in model.graph.initializer:
-        weight = numpy_helper.to_array(tensor)
-        if tensor.name in used and weight.size >= SMALL:
-            smallest = np.quantile(np.abs(weight), share)
-            kept = np.where(np.abs(weight) > smallest, weight, np.float32(0))
-            tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
-    return model
-
-
 def _pruner(share: float) -> Callable[[Graphs], Graphs]:
     return lambda graphs: {name: pruned(graph, share) for name, graph in graphs.items()}
 
@@ -386,60 +291,19 @@ def _distilled(
         detail=detail,
         metrics={"before": msgspec.structs.asdict(before)},
     )
+    item_ids = prepare(job.source, settings, job.serving).item_ids
     outcome = train_release(
         job.source,
         settings,
         job.serving,
         test=job.test,
         publish=False,
-        guide=teacher_guide(job, prepare(job.source, settings, job.serving).item_ids, settings),
+        guide=teacher_guide(teacher, item_ids, settings.seed),
         compression=told,
     )
     folder = ReleaseStore(job.serving.releases, job.serving.releases_cache).fetch(outcome.release)
     after = measure(job, _loaded(folder, job.serving), folder)
     return outcome.release, detail, after
-
-
-def teacher_guide(job: Job, item_ids: list[str], settings: TrainingSettings) -> Guide:
-    """Divergence of the smaller model's scores from the release's, over a draw of items.
-
-    Source: Hinton, Vinyals & Dean 2015, at temperature 1.
-    """
-    loaded = job.teacher
-    rng = np.random.default_rng(settings.seed)
-    row_N = _rows(loaded, item_ids)
-    known = np.flatnonzero(row_N >= 0)
-    scan_ND = loaded.catalog.scan_vectors_ND
-    queries: list[tuple[Sequences, F32]] = []
-
-    def query_of(part: Sequences) -> F32:
-        for other, query_PD in queries:
-            if other is part:
-                return query_PD
-        query_PD = np.zeros((part.num_events, scan_ND.shape[1]), np.float32)
-        held = held_out(part, None)
-        at_X = np.flatnonzero(held.target_P)
-        query_PD[at_X] = release_queries(loaded, held, row_N)
-        queries.append((part, query_PD))
-        return query_PD
-
-    def guide(model: Recommender, h_XH: torch.Tensor, part: Sequences, at_X: I64) -> torch.Tensor:
-        item_C = known
-        if len(known) > TAUGHT_ITEMS:
-            item_C = np.sort(rng.choice(known, TAUGHT_ITEMS, replace=False))
-        device = h_XH.device
-        wanted_XC = torch.from_numpy(query_of(part)[at_X] @ scan_ND[row_N[item_C]].T).to(device)
-        item = torch.from_numpy(item_C).to(device)
-        items = model.vectors(model.rows(item))
-        score_XC = torch.addmm(items.bias_X, model.query(h_XH), items.item_XD.T)
-        return functional.kl_div(
-            functional.log_softmax(score_XC, 1),
-            functional.log_softmax(wanted_XC, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-
-    return guide
 
 
 def _told(
@@ -476,7 +340,7 @@ def _histories(job: Job) -> Histories | None:
     """Real histories of the training clicks, as rows of the catalogue."""
     serving = job.serving
     log = build_log(job.source.columns, history=serving.history, idle_ttl_s=serving.idle_ttl_s)
-    row_N = _rows(job.teacher, log.item_ids)
+    row_N = rows_of(job.teacher, log.item_ids)
     known = log.sequences._replace(item_P=row_N[log.sequences.item_P])
     return real_histories(known, job.teacher.manifest.history)
 
@@ -487,11 +351,6 @@ def _cut(
     """The first steps of some users."""
     item, event, gap, hour = (column[:steps, users] for column in histories[:4])
     return Histories(item, event, gap, hour, lens_B)
-
-
-def _rows(loaded: LoadedRelease, item_ids: list[str]) -> I64:
-    rows = (loaded.catalog.row(item_id) for item_id in item_ids)
-    return np.array([-1 if row is None else row for row in rows], np.int64)
 
 
 def _step_us(loaded: LoadedRelease, num_users: int) -> float:
@@ -512,8 +371,3 @@ def _step_us(loaded: LoadedRelease, num_users: int) -> float:
         loaded.engine.query(advance_whole(loaded.engine, loaded.catalog.step_vectors_NE, histories))
         times.append(time.perf_counter() - begun_s)
     return round(float(np.median(times)) / num_users * 1e6, 2)
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copied: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
-    return copied

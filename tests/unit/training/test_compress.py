@@ -16,8 +16,9 @@ from afterclick.serving.settings import ServingSettings
 from afterclick.training import compress as module
 from afterclick.training.cli import load_release
 from afterclick.training.cli_compress import compress as verb
-from afterclick.training.compress import Compressed, Job, compress, describe, matrices_int8
+from afterclick.training.compress import Compressed, Job, compress, describe
 from afterclick.training.pipeline import train_release
+from afterclick.training.smaller_graphs import matrices_int8
 from afterclick.training.sources import source_of
 from tests.unit.training.worlds import quick, ring
 
