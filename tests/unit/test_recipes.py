@@ -1,5 +1,6 @@
-"""Recipes: settings that `train --config` takes as they are, under a head that says whence."""
+"""Recipes: settings that `train --config` takes as they are, under a head with the command."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,9 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 def test_a_recipe_is_read_by_train_and_names_its_command(recipe: Path) -> None:
     """A setting that was renamed would otherwise be found by whoever repeats the figure."""
     training_settings({}, recipe, {})
-    head = recipe.read_text(encoding="utf-8").partition("\n\n")[0]
-    assert all(line.startswith("#") for line in head.splitlines())
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert "afterclick " in head, "the command"
-    assert "seed" in head
-    assert "minutes" in head
 
 
 def test_there_are_recipes() -> None:
