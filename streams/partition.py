@@ -227,8 +227,9 @@ class PartitionFold:
         head.
         """
         if self._store.read(self.partition, []).head == self._stored:
-            # A renewal moves no head: a failover that lost one brought its due marks back unseen.
-            self.has_due = True
+            # Renewals and striking moves off leave the head: a failover that lost one brought due
+            # marks, or moves that are published, back unseen.
+            self.has_due = self.has_signals = True
             return None
         self._reload()
         return self._head.next
