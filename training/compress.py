@@ -119,10 +119,12 @@ def compress(
         publish: make it the release to serve.
 
     Raises:
-        ConfigError: a share outside (0, 1), or `distill` without settings.
+        ConfigError: a share outside (0, 1), `distill` without settings, or attention.
         ContractError: the new release fails a check; nothing is stored then.
     """
     started_s = time.monotonic()
+    if job.teacher.manifest.inputs.past or (settings is not None and settings.past):
+        raise ConfigError("compress: attention over the past is not compressed; set past to 0")
     before = measure(job, job.teacher, job.folder)
     if method == "distill":
         if settings is None:
