@@ -136,7 +136,7 @@ def test_a_new_item_is_stepped_soon_after_its_event(stage: Stage) -> None:
         stage.wait(stepped, "the new item has a row")
         took_s = time.monotonic() - sent_s
     store.close()
-    # A second is promised, 0.3 s measured; the rest is for a machine that does five things at once.
+    # A second is promised; the rest is for a machine that does five things at once.
     assert took_s < 5
 
 
