@@ -115,13 +115,20 @@ def strikes_off_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def knows_its_own_moves_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    reload = PartitionFold._reload
+    reload, check = PartitionFold._reload, PartitionFold.check
 
     def reloaded(self: Any) -> None:
         reload(self)
         self.has_signals = False
 
+    def checked(self: Any) -> Any:
+        known = self.has_signals
+        found = check(self)
+        self.has_signals = known
+        return found
+
     monkeypatch.setattr(PartitionFold, "_reload", reloaded)
+    monkeypatch.setattr(PartitionFold, "check", checked)
 
 
 def counts_what_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
