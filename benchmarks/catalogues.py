@@ -24,7 +24,7 @@ from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.index import SURVIVORS, TwoStageScanner
 from afterclick.serving.manifest import read_manifest
 from afterclick.streams.fold import SCAN_SCORES_MAX, SCAN_USERS_MAX
-from benchmarks.report import RESULTS, machine, write_page
+from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 
 WANT = 71
@@ -251,12 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "curves": curves(vectors, q_BD, rows),
     }
     lines = table(result)
-    print("\n".join(lines))
-    if given.report:
-        command = " ".join(["python -m benchmarks.catalogues", *arguments])
-        path = write_page("catalogues", name, words, command, result, lines)
-        plot(result["curves"], RESULTS / path.with_suffix(".svg").name)
-    print(msgspec.json.encode(result).decode())
+    path = tell(
+        "catalogues", "catalogues", arguments, (name, words), result, lines, report=given.report
+    )
+    if path is not None:
+        plot(result["curves"], path.with_suffix(".svg"))
     return 0 if all(row["alone_is_batch"] for row in rows) else 1
 
 

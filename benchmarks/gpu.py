@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import read_manifest
-from benchmarks.report import machine, write_page
+from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 
 UNITS = 128
@@ -186,11 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "failures": [f"{row['items']} items, {row['precision']}: lists differ" for row in far],
     }
     lines = table(result)
-    print("\n".join(lines))
-    if given.report:
-        command = " ".join(["python -m benchmarks.gpu", *arguments])
-        write_page("gpu", name, words, command, result, lines)
-    print(msgspec.json.encode(result).decode())
+    tell("gpu", "gpu", arguments, (name, words), result, lines, report=given.report)
     return 1 if far else 0
 
 

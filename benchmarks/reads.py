@@ -25,7 +25,7 @@ from afterclick.streams.local import HOST, afterclick_argv, local_worker
 from afterclick.streams.processes import Process, free_port
 from benchmarks.ground import NAMESPACE, ROOT, Ground, Options, backlog, fill, ground
 from benchmarks.readers import DRAIN_S, Seen, Task
-from benchmarks.report import machine, write_page
+from benchmarks.report import machine, tell
 
 START_TIMEOUT_S = 60.0
 """For a reader's imports, on a machine that a worker keeps busy."""
@@ -254,11 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"machine": name, **run(options, Path(folder), rate=given.rate)}
     result["load_after"] = round(os.getloadavg()[0], 1)
     lines = table(result)
-    print("\n".join(lines))
-    if given.report:
-        command = " ".join(["python -m benchmarks.reads", *arguments])
-        write_page("reads", name, words, command, result, lines)
-    print(msgspec.json.encode(result).decode())
+    tell("reads", "reads", arguments, (name, words), result, lines, report=given.report)
     return 1 if result["failures"] else 0
 
 

@@ -88,6 +88,30 @@ def write_report(
     return write_page("end-to-end", name, words, command, result, lines)
 
 
+def tell(
+    what: str,
+    module: str,
+    arguments: Sequence[str],
+    machine_words: tuple[str, str],
+    result: dict[str, Any],
+    lines: list[str],
+    *,
+    report: bool,
+) -> Path | None:
+    """End a benchmark: the table, the page where it is asked for, and one line of JSON last.
+
+    Returns:
+        The page.
+    """
+    print("\n".join(lines))
+    path = None
+    if report:
+        command = " ".join([f"python -m benchmarks.{module}", *arguments])
+        path = write_page(what, *machine_words, command, result, lines)
+    print(msgspec.json.encode(result).decode())
+    return path
+
+
 def write_page(
     what: str, name: str, words: str, command: str, result: dict[str, Any], lines: list[str]
 ) -> Path:

@@ -26,7 +26,7 @@ from afterclick.serving.records import TopList, encode_list, stamp_list
 from afterclick.streams.events import encode
 from afterclick.streams.local import local_worker
 from benchmarks.ground import Ground, Options, backlog, fill, ground
-from benchmarks.report import machine, write_page
+from benchmarks.report import machine, tell
 
 SAMPLES_A_S = 200
 LIMIT_USERS = 256
@@ -236,12 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             **profile(options, Path(folder), seconds=given.seconds, out=given.out),
         }
     lines = table(result)
-    print("\n".join(lines))
     print(f"flame graph: {given.out}")
-    if given.report:
-        command = " ".join(["python -m benchmarks.stages", *arguments])
-        write_page("profile", name, words, command, result, lines)
-    print(msgspec.json.encode(result).decode())
+    tell("profile", "stages", arguments, (name, words), result, lines, report=given.report)
     return 1 if result["failures"] else 0
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from afterclick.serving.trails import ranges
+from afterclick.serving.trails import place_in_group, ranges
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -156,9 +156,7 @@ def neighbour_items(
     position = best & (PIECE - 1)
     group, age = np.divmod(best >> _POSITION_BITS, num_sessions)
     user = group >> _MASK_BITS
-    begin_U = np.flatnonzero(np.diff(user, prepend=-1))
-    size_U = np.diff(begin_U, append=len(user))
-    near = np.arange(len(user)) - np.repeat(begin_U, size_U) < nearest
+    near = place_in_group(user) < nearest
     user, age, position = user[near], age[near], position[near]
     similarity = _SIMILARITY[_MASK_OF_LEVEL[group[near] & ((1 << _MASK_BITS) - 1)]]
     session = num_sessions - 1 - age

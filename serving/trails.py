@@ -137,3 +137,10 @@ def ranges(begin_X: I64, count_X: I64) -> I64:
     """All whole numbers begin, begin + 1, … of so many each, one range after the other."""
     start_X = np.cumsum(count_X) - count_X
     return np.repeat(begin_X - start_X, count_X) + np.arange(int(count_X.sum()))
+
+
+def place_in_group(group_E: I64) -> I64:
+    """How many entries of the same group stand before each; equal groups stand together."""
+    first = np.flatnonzero(np.diff(group_E, prepend=-1))
+    size = np.diff(first, append=len(group_E))
+    return np.arange(len(group_E)) - np.repeat(first, size)

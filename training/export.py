@@ -54,7 +54,7 @@ from afterclick.serving.manifest import (
 )
 from afterclick.serving.memory import Memory
 from afterclick.serving.past import past_of_rows
-from afterclick.serving.releases import self_test
+from afterclick.serving.releases import replayed, self_test
 from afterclick.serving.text import TEXT_VERSION
 from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.blending import graph_of
@@ -535,28 +535,18 @@ def _record_self_test(
         "hour": np.where(inside_TB, rng.integers(0, HOURS, shape), 0),
         "state": state_BS.astype(np.float32),
     }
-    after_BS = engine.advance(
-        feed["state"],
-        feed["x"],
-        feed["lens"],
-        event_TB=feed["event"],
-        gap_TB=feed["gap"],
-        hour_TB=feed["hour"],
-    )
-    past = None
     if length := manifest.inputs.past:
         rows_BM = rng.integers(0, len(tables.rows), (SELF_TEST_USERS, length))
         rows_BM[np.arange(length) >= np.arange(SELF_TEST_USERS)[:, None]] = -1
         past = past_of_rows(rows_BM, tables.step_ND)
         feed |= {"past": past.x_BME, "has_past": past.has_BM}
-    queries: dict[str, Any] = {
-        output_of(head): engine.query(after_BS, past, head=head) for head in manifest.heads
+    if blend is not None:
+        feed["blend_features"] = blend.sample_RF
+    found: dict[str, Any] = {
+        **replayed(feed, engine, Blend(folder, manifest) if blend is not None else None)
     }
-    if not all(np.isfinite(query_BD).all() for query_BD in queries.values()):
+    if not all(np.isfinite(found[output_of(head)]).all() for head in manifest.heads):
         raise ContractError(
             f"release {folder.name}: the query graph gives non-finite numbers", reason="non-finite"
         )
-    if blend is not None:
-        feed["blend_features"] = blend.sample_RF
-        feed["blend_score"] = Blend(folder, manifest).scores(blend.sample_RF)
-    np.savez(folder / SELF_TEST_NAME, **feed, state_next=after_BS, **queries)
+    np.savez(folder / SELF_TEST_NAME, **feed, **found)

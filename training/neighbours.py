@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from afterclick.serving import trails
+from afterclick.serving.trails import place_in_group
 from afterclick.training.data import I64, UNKNOWN, Sequences
 
 F64 = npt.NDArray[np.float64]
@@ -175,16 +177,7 @@ class SessionNeighbours:
 
 def ranges(label: I64, begin: I64, end: I64) -> tuple[I64, I64]:
     """All whole numbers from each begin to its end, with the range's label beside each."""
-    size = end - begin
-    offset = np.repeat(begin - (np.cumsum(size) - size), size)
-    return np.repeat(label, size), offset + np.arange(size.sum())
-
-
-def place_in_group(group_E: I64) -> I64:
-    """How many entries of the same group stand before each; equal groups stand together."""
-    first = np.flatnonzero(np.diff(group_E, prepend=-1))
-    size = np.diff(first, append=len(group_E))
-    return np.arange(len(group_E)) - np.repeat(first, size)
+    return np.repeat(label, end - begin), trails.ranges(begin, end - begin)
 
 
 def _distinct(train: Sequences) -> tuple[I64, I64]:

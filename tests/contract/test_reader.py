@@ -19,9 +19,9 @@ from afterclick.serving.connection import connect
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import Keys, Layout, Meta
 from afterclick.serving.reader import AsyncTopK, Top, TopK, safe_url
-from afterclick.serving.records import TopList
 from afterclick.streams.local import Redis, local_redis
 from afterclick.streams.local_cluster import LocalCluster, local_redis_cluster
+from tests.lists import a_list
 
 pytestmark = pytest.mark.service
 
@@ -59,23 +59,6 @@ def server(redis_url: str, layout: Layout) -> Iterator[Any]:
 
 
 on_both = pytest.mark.parametrize("layout", ["single", "cluster"], indirect=True)
-
-
-def a_list(*items: str, written_ms: int = 0) -> bytes:
-    return msgspec.json.encode(
-        TopList(
-            items=list(items),
-            scores=[1.0 / (n + 1) for n in range(len(items))],
-            source="model",
-            release="r1",
-            publication=3,
-            items_offset=[7],
-            partition=2,
-            offset=41,
-            event_ms=900,
-            written_ms=written_ms,
-        )
-    )
 
 
 @on_both

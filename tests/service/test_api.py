@@ -21,9 +21,9 @@ import redis
 
 from afterclick.serving.keys import Keys
 from afterclick.serving.reader import TopK
-from afterclick.serving.records import TopList
 from afterclick.streams.local import Redis, afterclick_argv, local_redis
 from afterclick.streams.processes import free_port
+from tests.lists import a_list
 
 pytestmark = pytest.mark.service
 
@@ -82,23 +82,6 @@ def running(redis_url: str, port: int) -> Iterator[Api]:
     finally:
         process.kill()
         process.communicate()
-
-
-def a_list(*items: str) -> bytes:
-    return msgspec.json.encode(
-        TopList(
-            items=list(items),
-            scores=[1.0 / (n + 1) for n in range(len(items))],
-            source="model",
-            release="r1",
-            publication=3,
-            items_offset=[7],
-            partition=2,
-            offset=41,
-            event_ms=900,
-            written_ms=1000,
-        )
-    )
 
 
 @pytest.fixture(scope="module")
