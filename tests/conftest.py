@@ -7,6 +7,7 @@ its own; one that stops or kills a server starts its own with `afterclick.stream
 
 import os
 import uuid
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 NEVER_SKIPPED_IN_CI = ("service", "kafka", "realdata", "demo", "fault")
 """What these need is there in CI, or CI must say that it is not."""
 
-SOCKETS_OF_KAFKA_PYTHON = r"ignore:unclosed <(ssl\.SSLS|s)ocket:ResourceWarning"
+SOCKETS_OF_KAFKA_PYTHON = r"unclosed <(ssl\.SSLS|s)ocket"
 """kafka-python 3.0.12 leaves the socket of every refused connection to the garbage collector, which
 comes when it likes, even after the last test. Runs on Kafka forgive it; on tansu the same tests
 show what we leave open ourselves.
@@ -49,7 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """What a developer's shell tells Afterclick is not part of a test."""
     if config.getoption("broker") == "kafka":
-        config.addinivalue_line("filterwarnings", SOCKETS_OF_KAFKA_PYTHON)
+        line = f"ignore:{SOCKETS_OF_KAFKA_PYTHON}:ResourceWarning"
+        config.addinivalue_line("filterwarnings", line)
+        # pytest 9.2 has read the line above already for what is collected after the last test.
+        warnings.filterwarnings("ignore", SOCKETS_OF_KAFKA_PYTHON, ResourceWarning)
     for name in list(os.environ):
         if name.startswith(
             ("AFTERCLICK_SERVING__", "AFTERCLICK_STREAMS__", "AFTERCLICK_TRAINING__")
