@@ -10,9 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(
-    folder: Path, body: str, *options: str, **environ: str
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, body: str, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """pytest on one test file under the rules."""
     (folder / "test_it.py").write_text(f"import pytest\n{body}")
     inherited = {name: value for name, value in os.environ.items() if name != "CI"}
