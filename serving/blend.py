@@ -28,6 +28,7 @@ from afterclick.serving.features import (
     Pool,
     Published,
     Scored,
+    Sums,
     columns_of,
     describe,
 )
@@ -35,7 +36,7 @@ from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import UNKNOWN, Memory
 from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
 from afterclick.serving.records import INTERACTION_BYTES
-from afterclick.serving.trails import ranges
+from afterclick.serving.trails import place_in_group, ranges
 
 USERS_MAX = 64
 """Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
@@ -199,9 +200,10 @@ def gather(
     score_BN, best_BC, user_E, code_E, best_E = _of_model(
         scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
     )
-    near = neighbours.neighbour_items(
+    entries = neighbours.neighbour_items(
         memory.sessions, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
     )
+    near = Sums(*entries, num_users, num_codes)
     model_E = user_E, code_E, best_E
     keys = [user_E * num_codes + code_E]
     user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
@@ -302,22 +304,27 @@ def _of_model(
     return score_BN, best_BC, user_E, code_BK[user_E, at_E], place_E
 
 
-def _best_near(
-    near: tuple[I64, I64, npt.NDArray[np.float64]], num_best: int, num_users: int, memory: Memory
-) -> I64:
+def _best_near(near: Sums, num_best: int, num_users: int, memory: Memory) -> I64:
     """Keys of each user's best items by the neighbours."""
-    user_E, code_E = near[:2]
-    if not len(user_E):
-        return np.zeros(0, np.int64)
-    pool = Pool(user_E * memory.num_items + code_E, num_users, memory.num_items)
-    score_R = pool.sums(*near)
-    most_B = np.maximum.reduceat(np.append(score_R, 0.0), pool.begin_B1)[:-1]
+    user_G, code_G = np.divmod(near.key_G, memory.num_items)
+    if not len(user_G):
+        return user_G
+    size_B = np.bincount(user_G, minlength=num_users)
+    begin_B = np.cumsum(size_B) - size_B
+    share_BP = np.zeros((num_users, int(size_B.max())))
+    share_BP[user_G, np.arange(len(user_G)) - begin_B[user_G]] = near.sum_G
+    most_B = np.maximum(share_BP.max(axis=1), 1e-9)
+    share_G = near.sum_G / most_B[user_G]
+    if num_best < share_BP.shape[1]:
+        # All but the best are far away: what is left is sorted with care.
+        edge_B = np.partition(share_BP, -num_best, axis=1)[:, -num_best] / most_B
+        close = np.flatnonzero(share_G >= edge_B[user_G] - 1e-8)
+        user_G, code_G, share_G = user_G[close], code_G[close], share_G[close]
     # Of equal scores those with the lower hash, which no code decides.
-    fine_R = (memory.hash_N[pool.code_R] >> np.uint64(40)).astype(np.float64) * 2.0**-24
-    share_R = score_R / np.maximum(most_B[pool.user_R], 1e-9) - 1e-9 * fine_R
-    order = np.argsort(2.0 * pool.user_R - share_R)
-    place = np.arange(len(order)) - pool.begin_B1[pool.user_R[order]]
-    best: I64 = pool.key_R[order[place < num_best]]
+    fine_G = (memory.hash_N[code_G] >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    order = np.argsort(2.0 * user_G - (share_G - 1e-9 * fine_G))
+    order = order[place_in_group(user_G[order]) < num_best]
+    best: I64 = user_G[order] * memory.num_items + code_G[order]
     return best
 
 

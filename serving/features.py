@@ -91,28 +91,82 @@ class Pool:
         self.user_R, self.code_R = np.divmod(self.key_R, num_codes)
         self.num_codes = num_codes
         self.begin_B1 = np.searchsorted(self.user_R, np.arange(num_users + 1))
-        # A place for every pair, never cleaned: what a place says is checked against its row.
-        self._slot = _scratch(num_users * num_codes)
-        self._slot[self.key_R] = np.arange(len(self.key_R))
+        self._slots = _slots("pool")
+        self._slots.put(self.key_R, num_users * num_codes)
 
     def __len__(self) -> int:
         return len(self.key_R)
 
+    def rows(self, user_E: I64, code_E: I64) -> npt.NDArray[np.int32]:
+        """Row of each entry's pair, counted from 1; 0 where it is no candidate."""
+        return self._slots.numbers(user_E * self.num_codes + code_E)
+
     def find(self, user_E: I64, code_E: I64) -> tuple[I64, I64]:
         """Entries whose pair is a candidate, and its row."""
-        if not len(self.key_R):
-            nothing = np.zeros(0, np.int64)
-            return nothing, nothing
-        key_E = user_E * self.num_codes + code_E
-        row_E = np.minimum(self._slot[key_E], len(self.key_R) - 1)
-        hit = np.flatnonzero(self.key_R[row_E] == key_E)
-        return hit, row_E[hit]
+        row_E = self.rows(user_E, code_E)
+        hit = np.flatnonzero(row_E)
+        return hit, row_E[hit].astype(np.int64) - 1
 
     def sums(self, user_E: I64, code_E: I64, weight_E: F64 | None = None) -> F64:
         """(R,) sum of the weights, or the number, of each candidate's entries."""
-        hit, row = self.find(user_E, code_E)
-        weight = None if weight_E is None else weight_E[hit]
-        return np.bincount(row, weight, len(self)).astype(np.float64)
+        sum_R1 = np.bincount(self.rows(user_E, code_E), weight_E, len(self) + 1)
+        return sum_R1[1:].astype(np.float64, copy=False)
+
+
+class Sums:
+    """Weights of some users' entries, added up by their pair of user and code."""
+
+    def __init__(
+        self, user_E: I64, code_E: I64, weight_E: F64, num_users: int, num_codes: int
+    ) -> None:
+        """Entries stand user after user."""
+        key_E = user_E * num_codes + code_E
+        self._slots = _slots("sums")
+        number_E = self._slots.number(key_E, num_users * num_codes)
+        self.key_G = self._slots.key_G
+        """The pairs, user after user."""
+        self.sum_G: F64 = np.bincount(number_E, weight_E, len(self.key_G) + 1)[1:]
+        self.all_B: F64 = np.bincount(user_E, weight_E, num_users)
+        """Of each user's entries."""
+
+    def of(self, key_R: I64) -> F64:
+        """(R,) sums of these pairs; 0 for one without an entry."""
+        return np.append(0.0, self.sum_G)[self._slots.numbers(key_R)]
+
+
+class _Slots:
+    """A number for some pairs of user and code, 0 for all others: looked up without a search."""
+
+    def __init__(self) -> None:
+        self.key_G = np.zeros(0, np.int64)
+        """Numbered from 1."""
+        self._slot = np.zeros(0, np.int32)
+
+    def put(self, key_G: I64, size: int) -> None:
+        """Number these pairs, all different, of `size` that there may be; forget those before."""
+        self._clean(size)
+        self.key_G = key_G
+        self._slot[key_G] = np.arange(1, len(key_G) + 1, dtype=np.int32)
+
+    def number(self, key_E: I64, size: int) -> npt.NDArray[np.int32]:
+        """`put` the pairs of these entries, in order of their last one; the entries' numbers."""
+        self._clean(size)
+        self.key_G = key_E
+        at_E = np.arange(1, len(key_E) + 1, dtype=np.int32)
+        self._slot[key_E] = at_E
+        self.key_G = key_E[self._slot[key_E] == at_E]
+        self._slot[self.key_G] = at_E[: len(self.key_G)]
+        return self._slot[key_E]
+
+    def numbers(self, key_E: I64) -> npt.NDArray[np.int32]:
+        """Numbers of these pairs."""
+        return self._slot[key_E]
+
+    def _clean(self, size: int) -> None:
+        if len(self._slot) < size:
+            self._slot = np.zeros(size, np.int32)
+        else:
+            self._slot[self.key_G] = 0
 
 
 class Published(NamedTuple):
@@ -143,7 +197,7 @@ def describe(
     past: Past,
     memory: Memory,
     scored: Scored,
-    near: tuple[I64, I64, F64],
+    near: Sums,
     published: Published,
     *,
     timed: bool = True,
@@ -155,7 +209,7 @@ def describe(
         past: of their users.
         memory: as it is now.
         scored: what the model says.
-        near: what the session neighbours say: user, code and score of every entry.
+        near: what the session neighbours say.
         published: what the catalogue says.
         timed: whether the columns of `TIMED` are wanted; else they may be zeros.
     """
@@ -166,11 +220,10 @@ def describe(
         out_FR[_COLUMN[name]] = value_R
 
     _model(put, pool, scored)
-    score_R = pool.sums(*near)
+    score_R = near.of(pool.key_R)
     most_B = np.maximum(np.maximum.reduceat(np.append(score_R, 0.0), pool.begin_B1)[:-1], 1e-9)
-    all_B = np.bincount(near[0], near[2], len(past.length_B)) + 1e-9
     put("near", _log(score_R / most_B[user_R] + 1e-3))
-    put("near_share", _log(score_R / all_B[user_R] + 1e-4))
+    put("near_share", _log(score_R / (near.all_B + 1e-9)[user_R] + 1e-4))
     share_R = memory.count_N[code_R] / max(memory.moves, 1)
     _transitions(put, pool, past, memory, share_R)
     _repeats(put, pool, past)
@@ -332,9 +385,10 @@ _LOG_TICK = np.float32(np.log(2.0) / TICKS)
 _LOCAL = threading.local()
 
 
-def _scratch(size: int) -> I64:
-    """This thread's own array of at least this size, with anything in it."""
-    slot: I64 | None = getattr(_LOCAL, "slot", None)
-    if slot is None or len(slot) < size:
-        slot = _LOCAL.slot = np.zeros(size, np.int64)
-    return slot
+def _slots(name: str) -> _Slots:
+    """This thread's own; whoever takes them by the same name next makes the last one's void."""
+    slots: _Slots | None = getattr(_LOCAL, name, None)
+    if slots is None:
+        slots = _Slots()
+        setattr(_LOCAL, name, slots)
+    return slots
