@@ -249,7 +249,7 @@ def moved(asked: Question, times: int) -> float:
         item = Item(item_id=asked.catalog.ids[offset], available=offset % 2 == 0)
         asked.catalog.apply(item, 0, offset)
         begun = time.thread_time_ns()
-        asked.blend._rows_of(asked.memory, asked.catalog)  # noqa: SLF001
+        asked.blend._rows_of(asked.memory, asked.catalog)
         taken.append((time.thread_time_ns() - begun) / 1e3)
     return statistics.median(taken)
 

@@ -201,7 +201,7 @@ def gather(
         scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
     )
     entries = neighbours.neighbour_items(
-        memory.sessions, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
+        memory.neighbours, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
     )
     near = Sums(*entries, num_users, num_codes)
     model_E = user_E, code_E, best_E

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import MEMORY_NAME, Manifest
-from afterclick.serving.neighbours import Sessions, index_sessions
+from afterclick.serving.neighbours import Lookup, Sessions, index_sessions
 from afterclick.serving.records import item_hash
 from afterclick.serving.trails import Trails, ranges
 
@@ -108,7 +108,9 @@ class Memory:
         """Codes of the last `TOUCHED_MOVES` moves, oldest first."""
         self.total_heat_H = np.zeros(num_heats)
         self.total_tick_H = np.zeros(num_heats, np.int64)
-        self.sessions = index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0)
+        self.neighbours = Lookup(
+            index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0)
+        )
         self._growing = threading.Lock()
         self.know(ids)
         self._every = max(POPULAR_EVERY, len(self.ids) // 256)
@@ -206,7 +208,7 @@ class Memory:
 
     def index(self, start_S1: I64, item_P: I64, per_item: int) -> None:
         """Take past sessions, oldest first, as neighbours (see `index_sessions`)."""
-        self.sessions = index_sessions(start_S1, item_P, self.num_items, per_item)
+        self.neighbours = Lookup(index_sessions(start_S1, item_P, self.num_items, per_item))
 
     def heat(self, code_E: I64, now_ms: int) -> F64:
         """(E, H) decayed clicks of items, as they are at `now_ms`."""
@@ -238,7 +240,7 @@ class Memory:
         for kind in _TRAILS:
             for name, array in getattr(self, kind).dump().items():
                 data[f"{kind}.{name}"] = array
-        for name, array in self.sessions._asdict().items():
+        for name, array in self.neighbours.sessions._asdict().items():
             data[f"sessions.{name}"] = array
         return data
 
@@ -254,7 +256,9 @@ class Memory:
             }
             setattr(self, kind, Trails.restored(parts))
         self.log_heat_NH = _log_of(self.heat_NH)
-        self.sessions = Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields))
+        self.neighbours = Lookup(
+            Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields))
+        )
 
     def _count(self, item_M: I64, ms_M: I64, before_M3: I64) -> None:
         fresh = np.flatnonzero(self.count_N[item_M] == 0)

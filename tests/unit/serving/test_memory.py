@@ -16,7 +16,7 @@ from afterclick.serving.memory import (
     memory_of,
     moves_of,
 )
-from afterclick.serving.neighbours import index_sessions, neighbour_items
+from afterclick.serving.neighbours import Lookup, index_sessions, neighbour_items
 from afterclick.serving.records import item_hash
 from afterclick.serving.trails import WINDOW, Trails
 from tests.tiny_release import write_tiny_release
@@ -116,7 +116,7 @@ def test_neighbours_equal_their_definition() -> None:
     start, item, _ = a_log(400, seed=3)
     sessions = index_sessions(start, item, len(IDS), 8)
     past = np.array([[3, 0, 5, 3, -1, 7], [-1] * 6, [9, 9, 9, 9, 9, 1]])
-    user, code, score = neighbour_items(sessions, past, per_item=8, nearest=5)
+    user, code, score = neighbour_items(Lookup(sessions), past, per_item=8, nearest=5)
     for at, row in enumerate(past):
         found = np.zeros(len(IDS))
         np.add.at(found, code[user == at], score[user == at])
