@@ -222,10 +222,7 @@ def gather(
     keys.append(_best_near(near, spec.neighbours, num_users, memory))
     keys.append(_published_last(rows.published, past.now_ms_B, spec.newest, num_codes))
     key_E = np.concatenate(keys)
-    key_E = key_E[~rows.hidden_N[key_E % num_codes]]
-    if len(dropped):
-        key_E = key_E[~np.isin(key_E, dropped)]
-    pool = Pool(key_E, num_users, num_codes)
+    pool = Pool(key_E, num_users, num_codes, hidden_N=rows.hidden_N, dropped=dropped)
     row_R = rows.row_N[pool.code_R]
     own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
@@ -306,25 +303,30 @@ def _of_model(
 
 def _best_near(near: Sums, num_best: int, num_users: int, memory: Memory) -> I64:
     """Keys of each user's best items by the neighbours."""
-    user_G, code_G = np.divmod(near.key_G, memory.num_items)
-    if not len(user_G):
-        return user_G
-    size_B = np.bincount(user_G, minlength=num_users)
-    begin_B = np.cumsum(size_B) - size_B
-    share_BP = np.zeros((num_users, int(size_B.max())))
-    share_BP[user_G, np.arange(len(user_G)) - begin_B[user_G]] = near.sum_G
-    most_B = np.maximum(share_BP.max(axis=1), 1e-9)
-    share_G = near.sum_G / most_B[user_G]
-    if num_best < share_BP.shape[1]:
-        # All but the best are far away: what is left is sorted with care.
-        edge_B = np.partition(share_BP, -num_best, axis=1)[:, -num_best] / most_B
-        close = np.flatnonzero(share_G >= edge_B[user_G] - 1e-8)
-        user_G, code_G, share_G = user_G[close], code_G[close], share_G[close]
+    key_G, num_codes = near.key_G, memory.num_items
+    if not len(key_G):
+        return key_G
+    begin_B1 = np.searchsorted(key_G // num_codes, np.arange(num_users + 1))
+    size_B = np.diff(begin_B1)
+    # The best of few groups are at least as many as wanted, and none of them is below the edge.
+    folds = max(1, int(size_B.max()) // (2 * num_best))
+    width = -(-int(size_B.max()) // folds)
+    score_BP = np.zeros((num_users, folds * width))
+    offset_B = np.arange(num_users) * (folds * width) - begin_B1[:-1]
+    score_BP.ravel()[np.arange(len(key_G)) + np.repeat(offset_B, size_B)] = near.sum_G
+    highest_BP = score_BP.reshape(num_users, folds, width).max(axis=1)
+    most_B = np.maximum(highest_BP.max(axis=1), 1e-9)
+    edge_B = np.zeros(num_users)
+    if num_best < width:
+        edge_B = np.partition(highest_BP, -num_best, axis=1)[:, -num_best]
+    close = np.flatnonzero(near.sum_G >= np.repeat(edge_B - 1e-8 * most_B, size_B))
+    key_G, sum_G = key_G.take(close), near.sum_G.take(close)
+    user_G = key_G // num_codes
+    code_G = key_G - user_G * num_codes
     # Of equal scores those with the lower hash, which no code decides.
-    fine_G = (memory.hash_N[code_G] >> np.uint64(40)).astype(np.float64) * 2.0**-24
-    order = np.argsort(2.0 * user_G - (share_G - 1e-9 * fine_G))
-    order = order[place_in_group(user_G[order]) < num_best]
-    best: I64 = user_G[order] * memory.num_items + code_G[order]
+    fine_G = (memory.hash_N.take(code_G) >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    order = np.argsort(2.0 * user_G - (sum_G / most_B[user_G] - 1e-9 * fine_G))
+    best: I64 = key_G[order[place_in_group(user_G[order]) < num_best]]
     return best
 
 

@@ -85,14 +85,32 @@ class Past(NamedTuple):
 class Pool:
     """The candidates of some users: distinct pairs of user and code, in that order."""
 
-    def __init__(self, key_E: I64, num_users: int, num_codes: int) -> None:
-        key_E = np.sort(key_E)
-        self.key_R = key_E[np.diff(key_E, prepend=-1) != 0]
-        self.user_R, self.code_R = np.divmod(self.key_R, num_codes)
+    def __init__(
+        self,
+        key_E: I64,
+        num_users: int,
+        num_codes: int,
+        *,
+        hidden_N: npt.NDArray[np.bool_] | None = None,
+        dropped: I64 | None = None,
+    ) -> None:
+        """Of these keys, user x `num_codes` + code, without hidden codes and dropped keys."""
         self.num_codes = num_codes
-        self.begin_B1 = np.searchsorted(self.user_R, np.arange(num_users + 1))
         self._slots = _slots("pool")
-        self._slots.put(self.key_R, num_users * num_codes)
+        key_R = self._slots.distinct(key_E, num_users * num_codes, without=dropped)
+        bound_B1 = np.arange(num_users + 1) * num_codes
+        begin_B1 = np.searchsorted(key_R, bound_B1)
+        if hidden_N is not None:
+            code_R = key_R - np.repeat(bound_B1[:-1], np.diff(begin_B1))
+            shown_R = ~hidden_N.take(code_R)
+            if not shown_R.all():
+                key_R = key_R.compress(shown_R)
+                begin_B1 = np.searchsorted(key_R, bound_B1)
+        self.key_R, self.begin_B1 = key_R, begin_B1
+        size_B = np.diff(begin_B1)
+        self.user_R = np.repeat(np.arange(num_users), size_B)
+        self.code_R = key_R - np.repeat(bound_B1[:-1], size_B)
+        self._slots.put(key_R, num_users * num_codes)
 
     def __len__(self) -> int:
         return len(self.key_R)
@@ -105,7 +123,7 @@ class Pool:
         """Entries whose pair is a candidate, and its row."""
         row_E = self.rows(user_E, code_E)
         hit = np.flatnonzero(row_E)
-        return hit, row_E[hit].astype(np.int64) - 1
+        return hit, row_E.take(hit).astype(np.int64) - 1
 
     def sums(self, user_E: I64, code_E: I64, weight_E: F64 | None = None) -> F64:
         """(R,) sum of the weights, or the number, of each candidate's entries."""
@@ -125,13 +143,22 @@ class Sums:
         number_E = self._slots.number(key_E, num_users * num_codes)
         self.key_G = self._slots.key_G
         """The pairs, user after user."""
-        self.sum_G: F64 = np.bincount(number_E, weight_E, len(self.key_G) + 1)[1:]
-        self.all_B: F64 = np.bincount(user_E, weight_E, num_users)
+        self._sum_G1: F64 = np.bincount(number_E, weight_E, len(self.key_G) + 1)
+        self.all_B = np.zeros(num_users)
         """Of each user's entries."""
+        begin_B = np.searchsorted(user_E, np.arange(num_users))
+        some = np.flatnonzero(np.diff(begin_B, append=len(user_E)))
+        if len(some):
+            self.all_B[some] = np.add.reduceat(weight_E, begin_B[some])
+
+    @property
+    def sum_G(self) -> F64:
+        """Of each pair."""
+        return self._sum_G1[1:]
 
     def of(self, key_R: I64) -> F64:
         """(R,) sums of these pairs; 0 for one without an entry."""
-        return np.append(0.0, self.sum_G)[self._slots.numbers(key_R)]
+        return self._sum_G1[self._slots.numbers(key_R)]
 
 
 class _Slots:
@@ -141,6 +168,21 @@ class _Slots:
         self.key_G = np.zeros(0, np.int64)
         """Numbered from 1."""
         self._slot = np.zeros(0, np.int32)
+        self._mark = np.zeros(0, bool)
+
+    def distinct(self, key_E: I64, size: int, *, without: I64 | None = None) -> I64:
+        """Pairs of these entries, each once, rising: marked, then read off in order."""
+        if len(self._mark) < size:
+            self._mark = np.zeros(size, bool)
+        mark = self._mark[:size]
+        try:
+            mark[key_E] = True
+            if without is not None:
+                mark[without] = False
+            found: I64 = np.flatnonzero(mark)
+        finally:
+            mark[key_E] = False
+        return found
 
     def put(self, key_G: I64, size: int) -> None:
         """Number these pairs, all different, of `size` that there may be; forget those before."""
@@ -154,13 +196,13 @@ class _Slots:
         self.key_G = key_E
         at_E = np.arange(1, len(key_E) + 1, dtype=np.int32)
         self._slot[key_E] = at_E
-        self.key_G = key_E[self._slot[key_E] == at_E]
+        self.key_G = key_E.compress(self.numbers(key_E) == at_E)
         self._slot[self.key_G] = at_E[: len(self.key_G)]
-        return self._slot[key_E]
+        return self.numbers(key_E)
 
     def numbers(self, key_E: I64) -> npt.NDArray[np.int32]:
         """Numbers of these pairs."""
-        return self._slot[key_E]
+        return self._slot.take(key_E, mode="clip")  # without a look at every index: twice as fast
 
     def _clean(self, size: int) -> None:
         if len(self._slot) < size:
