@@ -8,6 +8,8 @@ another commit on the same data, turn by turn, and says whether the lists are th
 Prints the machine, a table, one JSON line.
 """
 
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
 import argparse
 import csv
 import functools
@@ -120,8 +122,7 @@ def world_log(num_items: int, num_clicks: int, seed: int) -> Log:
 
 def file_log(path: Path, num_clicks: int) -> Log:
     """The newest clicks of a file of sessions without times: `session_id,item_id`."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         rows = [(row["session_id"], row["item_id"]) for row in csv.DictReader(lines)][-num_clicks:]
     code: dict[str, int] = {}
     item_P = np.array([code.setdefault(item, len(code)) for _, item in rows], np.int64)

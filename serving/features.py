@@ -127,8 +127,9 @@ class Pool:
 
     def sums(self, user_E: I64, code_E: I64, weight_E: F64 | None = None) -> F64:
         """(R,) sum of the weights, or the number, of each candidate's entries."""
-        sum_R1 = np.bincount(self.rows(user_E, code_E), weight_E, len(self) + 1)
-        return sum_R1[1:].astype(np.float64, copy=False)
+        row_E = self.rows(user_E, code_E)
+        sum_R1 = np.bincount(row_E, weight_E, len(self) + 1).astype(np.float64, copy=False)
+        return sum_R1[1:]
 
 
 class Sums:
@@ -143,18 +144,16 @@ class Sums:
         number_E = self._slots.number(key_E, num_users * num_codes)
         self.key_G = self._slots.key_G
         """The pairs, user after user."""
-        self._sum_G1: F64 = np.bincount(number_E, weight_E, len(self.key_G) + 1)
+        sum_G1 = np.bincount(number_E, weight_E, len(self.key_G) + 1)
+        self._sum_G1: F64 = sum_G1.astype(np.float64, copy=False)
+        self.sum_G: F64 = self._sum_G1[1:]
+        """Of each pair."""
         self.all_B = np.zeros(num_users)
         """Of each user's entries."""
         begin_B = np.searchsorted(user_E, np.arange(num_users))
         some = np.flatnonzero(np.diff(begin_B, append=len(user_E)))
         if len(some):
             self.all_B[some] = np.add.reduceat(weight_E, begin_B[some])
-
-    @property
-    def sum_G(self) -> F64:
-        """Of each pair."""
-        return self._sum_G1[1:]
 
     def of(self, key_R: I64) -> F64:
         """(R,) sums of these pairs; 0 for one without an entry."""

@@ -108,9 +108,7 @@ class Memory:
         """Codes of the last `TOUCHED_MOVES` moves, oldest first."""
         self.total_heat_H = np.zeros(num_heats)
         self.total_tick_H = np.zeros(num_heats, np.int64)
-        self.neighbours = Lookup(
-            index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0)
-        )
+        self.neighbours = Lookup(index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0))
         self._growing = threading.Lock()
         self.know(ids)
         self._every = max(POPULAR_EVERY, len(self.ids) // 256)
@@ -256,9 +254,7 @@ class Memory:
             }
             setattr(self, kind, Trails.restored(parts))
         self.log_heat_NH = _log_of(self.heat_NH)
-        self.neighbours = Lookup(
-            Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields))
-        )
+        self.neighbours = Lookup(Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields)))
 
     def _count(self, item_M: I64, ms_M: I64, before_M3: I64) -> None:
         fresh = np.flatnonzero(self.count_N[item_M] == 0)

@@ -123,6 +123,20 @@ def test_neighbours_equal_their_definition() -> None:
         assert np.allclose(found, neighbours_oracle(start, item, row, 8, 5))
 
 
+def test_what_is_left_out_before_the_sort_would_not_have_counted() -> None:
+    """A place with sessions enough decides alone: all levels, also where a few places share one."""
+    start, item, _ = a_log(1500, seed=5)
+    lookup = Lookup(index_sessions(start, item, len(IDS), 30))
+    rng = np.random.default_rng(6)
+    past = rng.integers(-1, len(IDS), (60, 7))
+    user, code, score = neighbour_items(lookup, past, per_item=30, nearest=12)
+    assert (np.diff(user) >= 0).all()
+    for at, row in enumerate(past):
+        found = np.zeros(len(IDS))
+        np.add.at(found, code[user == at], score[user == at])
+        assert np.allclose(found, neighbours_oracle(start, item, row, 30, 12))
+
+
 def neighbours_oracle(start, item, past, per_item, nearest) -> np.ndarray:
     logs = [item[a:b].tolist() for a, b in pairwise(start) if b - a > 1]
     similar: dict[int, list[int]] = {}
