@@ -66,10 +66,13 @@ ASKED = 256
 ALONE = 32
 """Users who are asked for one by one."""
 
+FORMER = {"Scanner.look": "Scanner.top_and_scores"}
+"""What a function was called in commits that this one may be compared with."""
+
 STAGES: tuple[tuple[str, str, str], ...] = (
     ("rows", "serving.blend", "Blend._rows_of"),
     ("pasts", "serving.blend", "past_of"),
-    ("scan", "serving.engine", "Scanner.top_and_scores"),
+    ("scan", "serving.engine", "Scanner.look"),
     ("model's best", "serving.blend", "_of_model"),
     ("neighbours", "serving.neighbours", "neighbour_items"),
     ("neighbours' best", "serving.blend", "_best_near"),
@@ -223,6 +226,8 @@ class Clock:
             *outer, last = path.split(".")
             for part in outer:
                 owner = getattr(owner, part, None)
+            if not hasattr(owner, last):
+                last = FORMER.get(path, last).rpartition(".")[2]
             if owner is not None and hasattr(owner, last):
                 function = getattr(owner, last)
                 for other in [owner, *map(sys.modules.get, _MODULES)]:

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from afterclick.serving import neighbours
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import F32, I64, MASKED, Provider, Scanner, session_of
+from afterclick.serving.engine import F32, I64, MASKED, Look, Provider, Scanner, session_of
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import (
     RECENT,
@@ -197,7 +197,7 @@ def gather(
     past = past_of(contexts, memory)
     dropped = _dropped(drops, memory)
     deepest = max((len(own) for own in drops or ()), default=0)
-    score_BN, best_BC, user_E, code_E, best_E = _of_model(
+    look, best_BC, user_E, code_E, best_E = _of_model(
         scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
     )
     entries = neighbours.neighbour_items(
@@ -224,7 +224,7 @@ def gather(
     key_E = np.concatenate(keys)
     pool = Pool(key_E, num_users, num_codes, hidden_N=rows.hidden_N, dropped=dropped)
     row_R = rows.row_N[pool.code_R]
-    own_R = np.where(row_R < 0, MASKED, score_BN[pool.user_R, np.maximum(row_R, 0)])
+    own_R = np.where(row_R < 0, MASKED, look.of(pool.user_R, np.maximum(row_R, 0)))
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
     timed = not TIMED.isdisjoint(spec.features)
     feature_RF = describe(pool, past, memory, scored, near, rows.published, timed=timed)
@@ -279,9 +279,10 @@ def _of_model(
     dropped: I64,
     deepest: int,
     num_codes: int,
-) -> tuple[F32, F32, I64, I64, I64]:
-    """All scores, each user's best ones, and user, code and place of these."""
-    score_BK, row_BK, score_BN = scanner.top_and_scores(query_BD, num_best + deepest + 1)
+) -> tuple[Look, F32, I64, I64, I64]:
+    """The scan, each user's best scores, and user, code and place of these."""
+    look = scanner.look(query_BD, num_best + deepest + 1)
+    score_BK, row_BK = look.score_BK, look.row_BK
     code_BK = rows.code_of_row[row_BK]
     fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
     if row_BK.shape[1] < scanner.num_rows:
@@ -298,7 +299,7 @@ def _of_model(
     fresh_BC = np.diff(best_BC, axis=1, prepend=np.inf) != 0
     shared_BC = np.maximum.accumulate(np.where(fresh_BC, np.arange(num_best), 0), axis=1)
     place_E = shared_BC[user_E, place_BK[user_E, at_E] - 1]
-    return score_BN, best_BC, user_E, code_BK[user_E, at_E], place_E
+    return look, best_BC, user_E, code_BK[user_E, at_E], place_E
 
 
 def _best_near(near: Sums, num_best: int, num_users: int, memory: Memory) -> I64:

@@ -28,6 +28,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from afterclick.serving.best import best_rows
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import QUERY_NAME, STEP_NAME, Manifest
 
@@ -190,6 +191,15 @@ def output_of(head: str) -> str:
     return "query" if head == "click" else f"query_{head}"
 
 
+class Look(NamedTuple):
+    """The best rows of some users, and a way to the score of any other row."""
+
+    score_BK: F32
+    row_BK: I64
+    of: Callable[[I64, I64], F32]
+    """Scores of pairs of user and row; no longer once this thread has asked for another scan."""
+
+
 class _Ask:
     """A small scan that waits for its turn."""
 
@@ -222,7 +232,9 @@ class Scanner:
                 "set precision to 'fp32'"
             )
         self._half = precision == "fp16"
-        graph = _scan_graph(scan_vectors_ND.shape[1], half=self._half)
+        graph = _scan_graph(
+            scan_vectors_ND.shape[1], half=self._half, with_top=self.provider == "cuda"
+        )
         self._session = session_of(graph, self.provider, threads)
         self._matrix = scan_vectors_ND
         self._bound: ort.OrtValue | None = None
@@ -281,12 +293,16 @@ class Scanner:
             ask.found = scores_BK[own, : ask.k], rows_BK[own, : ask.k]
             start = own.stop
 
-    def top_and_scores(self, q_BD: F32, k: int) -> tuple[F32, I64, F32]:
-        """`top`, and beside it all scores (B, N)."""
-        scores_BK, rows_BK, scores_BN = self._run(
-            q_BD, ["top_scores", "top_rows", "scores"], min(k, self.num_rows)
-        )
-        return scores_BK, rows_BK, scores_BN
+    def look(self, q_BD: F32, k: int) -> Look:
+        """`top`, and beside it the scores of whatever rows are named then."""
+        k = min(k, self.num_rows)
+        if self.provider == "cuda":
+            score_BK, row_BK, score_BN = self._run(q_BD, ["top_scores", "top_rows", "scores"], k)
+        else:
+            score_BN = self._scores_here(q_BD)
+            score_BK, row_BK = best_rows(score_BN, k)
+        flat, num_rows = score_BN.ravel(), score_BN.shape[1]
+        return Look(score_BK, row_BK, lambda user_R, row_R: flat.take(user_R * num_rows + row_R))
 
     def scores(self, q_BD: F32) -> F32:
         """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""
@@ -294,22 +310,38 @@ class Scanner:
         return scores
 
     def _top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
+        if self.provider == "cpu":
+            return best_rows(self._scores_here(q_BD), k)
         scores_BK, rows_BK = self._run(q_BD, ["top_scores", "top_rows"], k)
         return scores_BK, rows_BK
 
+    def _scores_here(self, q_BD: F32) -> F32:
+        """(B, N) all scores, in memory that this thread's next scan takes again."""
+        binding, num_rows = self._bind(q_BD)
+        shape = (max(len(q_BD), 2), num_rows)
+        score_BN = _scratch(shape)
+        binding.bind_output("scores", "cpu", 0, np.float32, shape, score_BN.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return score_BN[: len(q_BD)]
+
     def _run(self, q_BD: F32, outputs: list[str], k: int) -> list[Any]:
-        num_users = len(q_BD)
-        assert num_users > 0, "an empty call aborts ONNX Runtime"
-        if num_users == 1:  # one row takes another kernel, whose bits differ
-            q_BD = np.concatenate([q_BD, q_BD])
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("q", np.ascontiguousarray(q_BD))
-        binding.bind_ortvalue_input("items", self._on_device())
-        binding.bind_cpu_input("k", np.array([k], np.int64))
+        binding, _ = self._bind(q_BD)
+        if self.provider == "cuda":
+            binding.bind_cpu_input("k", np.array([k], np.int64))
         for name in outputs:
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        return [array[:num_users] for array in binding.copy_outputs_to_cpu()]
+        return [array[: len(q_BD)] for array in binding.copy_outputs_to_cpu()]
+
+    def _bind(self, q_BD: F32) -> tuple[ort.IOBinding, int]:
+        """Queries and items as inputs, and the number of items."""
+        assert len(q_BD) > 0, "an empty call aborts ONNX Runtime"
+        if len(q_BD) == 1:  # one row takes another kernel, whose bits differ
+            q_BD = np.concatenate([q_BD, q_BD])
+        binding, items = self._session.io_binding(), self._on_device()
+        binding.bind_cpu_input("q", np.ascontiguousarray(q_BD))
+        binding.bind_ortvalue_input("items", items)
+        return binding, items.shape()[0]
 
     def _on_device(self) -> ort.OrtValue:
         bound = self._bound
@@ -320,30 +352,47 @@ class Scanner:
         return bound
 
 
-def _scan_graph(dim: int, *, half: bool) -> bytes:
-    """One Gemm and one TopK. The matrix is (N, D), so that adding an item writes one row."""
+_SCRATCH_MAX = 1 << 24
+"""Scores that a thread keeps memory for: 64 MiB; the fold asks for no more at once."""
+
+_LOCAL = threading.local()
+
+
+def _scratch(shape: tuple[int, int]) -> F32:
+    """This thread's own, with anything in it: fresh memory costs as much as reading it."""
+    size = shape[0] * shape[1]
+    if size > _SCRATCH_MAX:
+        return np.empty(shape, np.float32)
+    scratch: F32 | None = getattr(_LOCAL, "scores", None)
+    if scratch is None or len(scratch) < size:
+        scratch = _LOCAL.scores = np.empty(size, np.float32)
+    return scratch[:size].reshape(shape)
+
+
+def _scan_graph(dim: int, *, half: bool, with_top: bool) -> bytes:
+    """One Gemm, and a TopK where it runs on the device that has the scores.
+
+    The matrix is (N, D), so that adding an item writes one row.
+    """
     kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     info = helper.make_tensor_value_info
-    nodes = [
-        helper.make_node("Cast", ["q"], ["q_cast"], to=kind),
-        helper.make_node("Gemm", ["q_cast", "items"], ["raw"], transB=1),
-        helper.make_node("Cast", ["raw"], ["scores"], to=TensorProto.FLOAT),
-        helper.make_node("TopK", ["scores", "k"], ["top_scores", "top_rows"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "scan",
-        [
-            info("q", TensorProto.FLOAT, ["B", dim]),
-            info("items", kind, ["N", dim]),
-            info("k", TensorProto.INT64, [1]),
-        ],
-        [
-            info("scores", TensorProto.FLOAT, ["B", "N"]),
+    nodes = [helper.make_node("Gemm", ["q", "items"], ["scores"], transB=1)]
+    if half:
+        nodes = [
+            helper.make_node("Cast", ["q"], ["q_cast"], to=kind),
+            helper.make_node("Gemm", ["q_cast", "items"], ["raw"], transB=1),
+            helper.make_node("Cast", ["raw"], ["scores"], to=TensorProto.FLOAT),
+        ]
+    inputs = [info("q", TensorProto.FLOAT, ["B", dim]), info("items", kind, ["N", dim])]
+    outputs = [info("scores", TensorProto.FLOAT, ["B", "N"])]
+    if with_top:
+        nodes.append(helper.make_node("TopK", ["scores", "k"], ["top_scores", "top_rows"]))
+        inputs.append(info("k", TensorProto.INT64, [1]))
+        outputs += [
             info("top_scores", TensorProto.FLOAT, ["B", "K"]),
             info("top_rows", TensorProto.INT64, ["B", "K"]),
-        ],
-    )
+        ]
+    graph = helper.make_graph(nodes, "scan", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
@@ -418,7 +467,7 @@ def _why_no_cuda() -> str | None:
     options.log_severity_level = 4
     try:
         session = ort.InferenceSession(
-            _scan_graph(2, half=False), options, providers=["CUDAExecutionProvider"]
+            _scan_graph(2, half=False, with_top=True), options, providers=["CUDAExecutionProvider"]
         )
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's own kinds
         return f"a session on it failed: {error}"

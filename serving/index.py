@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from afterclick.serving.best import best_first
 from afterclick.serving.engine import F32, I64, MASKED, Scanner
 from afterclick.serving.errors import ConfigError
 
@@ -149,27 +150,6 @@ class TwoStageScanner(Scanner):
         padded = np.zeros((len(vectors), self._padded_dim), np.float32)
         padded[:, : vectors.shape[1]] = vectors
         return padded
-
-
-def best_first(scores_BR: F32, rows_BR: I64, k: int) -> tuple[F32, I64]:
-    """The k best of every user, equal scores by row number, as `Scanner.top` orders them.
-
-    Score and row become one integer, so that no two are equal and a partition is enough: sorting
-    all survivors took longer than scoring them. Rows below 2^31.
-    """
-    rising_BR = _flip((scores_BR + np.float32(0)).view(np.int32))  # -0.0 would stand behind 0.0
-    keys_BR = ~((rising_BR.astype(np.int64) << 32) | (_ROW_MAX - rows_BR))
-    keys_BK = ~np.sort(np.partition(keys_BR, k - 1, axis=1)[:, :k], axis=1)
-    scores_BK: F32 = _flip((keys_BK >> 32).astype(np.int32)).view(np.float32)
-    return scores_BK, _ROW_MAX - (keys_BK & _ROW_MAX)
-
-
-_ROW_MAX = (1 << 31) - 1
-
-
-def _flip(bits: Any) -> Any:
-    """Bits of floats ↔ integers in the same order; it is its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _faiss() -> Any:

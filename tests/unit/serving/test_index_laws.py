@@ -7,9 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from afterclick.serving.best import best_first, best_rows
 from afterclick.serving.engine import F32, MASKED, Scanner
 from afterclick.serving.errors import ConfigError
-from afterclick.serving.index import SURVIVORS, WANT_MAX, TwoStageScanner, best_first
+from afterclick.serving.index import SURVIVORS, WANT_MAX, TwoStageScanner
 from afterclick.serving.manifest import Publication
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
@@ -160,3 +161,20 @@ def test_without_faiss_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"afterclick\[index\]"):
         TwoStageScanner(world()[0])
+
+
+def test_the_best_are_those_of_a_stable_sort() -> None:
+    """Found by an edge: with ties, masked rows, hardly any rows, and a crowd of equal ones."""
+    rng = np.random.default_rng(9)
+    for num_rows, k in ((4000, 7), (4000, 120), (90, 90), (5000, 1), (3001, 40)):
+        scores = rng.standard_normal((6, num_rows)).astype(np.float32)
+        scores[1] = np.round(scores[1], 1)
+        scores[2] = 0.0
+        scores[2, ::3] = -0.0
+        scores[3, 5:] = MASKED
+        scores[4] = MASKED
+        found, rows = best_rows(scores, k)
+        for own, best, at in zip(scores, found, rows, strict=True):
+            expected = np.argsort(-own, kind="stable")[:k]
+            assert np.array_equal(at, expected)
+            assert np.array_equal(best, own[expected])
