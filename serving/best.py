@@ -47,13 +47,27 @@ def best_rows(score_BN: F32, k: int) -> tuple[F32, I64]:
     if len(crowded):
         return _with_crowds(score_BN, k, crowded)
     row_R = at_R - np.repeat(bound_B1[:-1], size_B)
+    score_BK, row_BK, _ = best_of_groups(score_BN.ravel().take(at_R, mode="clip"), row_R, size_B, k)
+    return score_BK, row_BK
+
+
+def best_of_groups(score_R: F32, row_R: I64, size_B: I64, k: int) -> tuple[F32, I64, I64]:
+    """Scores and rows of every user's k best, as `best_rows`, and how many there are.
+
+    Args:
+        score_R: user after user.
+        row_R: below 2^31, all different for a user.
+        size_B: entries of each user.
+        k: columns of the answer; fewer where nobody has so many. What stands behind a user's own
+            number of results says nothing.
+    """
+    end_B, num_users = np.cumsum(size_B), len(size_B)
     widest = int(size_B.max())
     key_BR = np.full((num_users, widest), np.iinfo(np.int64).max)
-    offset_B = np.arange(num_users) * widest - begin_B1[:-1]
-    place_R = np.arange(len(at_R)) + np.repeat(offset_B, size_B)
-    key_BR.ravel()[place_R] = _keys(score_BN.ravel().take(at_R, mode="clip"), row_R)
+    offset_B = np.arange(num_users) * widest - (end_B - size_B)
+    key_BR.ravel()[np.arange(len(row_R)) + np.repeat(offset_B, size_B)] = _keys(score_R, row_R)
     key_BR.sort(axis=1)
-    return _apart(key_BR[:, :k])
+    return *_apart(key_BR[:, :k]), np.minimum(size_B, k)
 
 
 def best_first(score_BR: F32, row_BR: I64, k: int) -> tuple[F32, I64]:

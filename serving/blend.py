@@ -18,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from afterclick.serving import neighbours
+from afterclick.serving.best import best_of_groups
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, I64, MASKED, Look, Provider, Scanner, session_of
 from afterclick.serving.errors import ContractError
@@ -150,8 +151,9 @@ class Blend:
 
         Features named by `without` count as missing: as 0 deviations from their mean.
         """
-        own_RF = np.ascontiguousarray(feature_RF[:, self._columns])
-        for at, name in enumerate(self.spec.features):
+        # Row by row of the transpose: that is how `describe` leaves them.
+        own_RF = np.ascontiguousarray(feature_RF.T.take(self._columns, axis=0).T)
+        for at, name in enumerate(self.spec.features if without else ()):
             if name in without:
                 own_RF[:, at] = self._mean_F[at]
         num_rows = len(own_RF)
@@ -228,7 +230,9 @@ def gather(
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
     timed = not TIMED.isdisjoint(spec.features)
     feature_RF = describe(pool, past, memory, scored, near, rows.published, timed=timed)
-    return Candidates(pool, feature_RF, _sources(pool, keys) if tell_sources else None)
+    if not tell_sources:
+        return Candidates(pool, feature_RF)
+    return Candidates(pool, np.ascontiguousarray(feature_RF), _sources(pool, keys))
 
 
 def past_of(contexts: Sequence[Context], memory: Memory) -> Past:
@@ -359,21 +363,25 @@ def _dropped(drops: Sequence[frozenset[int]] | None, memory: Memory) -> I64:
 
 
 def _lists(pool: Pool, score_R: F32, memory: Memory, want: int) -> list[Ranked]:
+    if not len(pool):
+        return [Ranked([], [])] * (len(pool.begin_B1) - 1)
+    size_B = np.diff(pool.begin_B1)
+    place_R = np.arange(len(pool)) - np.repeat(pool.begin_B1[:-1], size_B)
+    score_BK, place_BK, num_B = best_of_groups(score_R, place_R, size_B, want + 1)
+    again_BK = score_BK[:, 1:] == score_BK[:, :-1]
+    again_BK &= np.arange(1, score_BK.shape[1]) < num_B[:, None]
+    last_B = np.maximum(pool.begin_B1[1:] - 1, 0)
+    at_BK = np.minimum(place_BK + pool.begin_B1[:-1, None], last_B[:, None])
+    items = memory.ids_N[pool.code_R[at_BK[:, :want]]].tolist()
+    shown = np.round(score_BK[:, :want].astype(np.float64), SCORE_DECIMALS).tolist()
     ranked = []
-    shown_R = np.round(score_R.astype(np.float64), SCORE_DECIMALS)
-    ids = memory.ids
-    for begin, end in zip(pool.begin_B1[:-1].tolist(), pool.begin_B1[1:].tolist(), strict=True):
-        own = score_R[begin:end]
-        order = np.argsort(-own, kind="stable")
-        head = own[order[: want + 1]]
-        codes = pool.code_R[begin:end]
-        if (head[1:] == head[:-1]).any():
-            names = [ids[code] for code in codes.tolist()]
-            values = own.tolist()
-            order = np.array(
-                sorted(range(len(names)), key=lambda at: (-values[at], names[at])), np.int64
-            )
-        order = order[:want]
-        items = [ids[code] for code in codes[order].tolist()]
-        ranked.append(Ranked(items, shown_R[begin:end][order].tolist()))
+    for user, (num, tied) in enumerate(zip(num_B.tolist(), again_BK.any(axis=1), strict=True)):
+        if tied:  # by item id, which may bring in others than the best by row
+            own = slice(pool.begin_B1[user], pool.begin_B1[user + 1])
+            names, scores = memory.ids_N[pool.code_R[own]].tolist(), score_R[own].tolist()
+            order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:want]
+            values = np.round(score_R[own].astype(np.float64)[order], SCORE_DECIMALS)
+            ranked.append(Ranked([names[at] for at in order], values.tolist()))
+        else:
+            ranked.append(Ranked(items[user][: min(num, want)], shown[user][: min(num, want)]))
     return ranked

@@ -243,7 +243,7 @@ def describe(
     *,
     timed: bool = True,
 ) -> F32:
-    """(R, F) all features of all candidates, in the order of `FEATURES`.
+    """(R, F) all features of all candidates, in the order of `FEATURES`; column after column.
 
     Args:
         pool: the candidates.
@@ -276,7 +276,7 @@ def describe(
     put("clicks", _log(1.0 + past.clicks_B)[user_R])
     idle_B = np.maximum(past.now_ms_B - past.last_ms_B, 0)
     put("idle", np.where(past.length_B > 0, _log(1.0 + idle_B / 1000.0), 0.0)[user_R])
-    return np.ascontiguousarray(out_FR.T)
+    return out_FR.T
 
 
 def columns_of(names: list[str]) -> list[int]:
@@ -378,11 +378,15 @@ def _heats(put: Put, pool: Pool, past: Past, memory: Memory, *, timed: bool) -> 
     # In logarithms a half-life is a difference; what is nearly gone is all the same.
     spent_BH = np.maximum(now_BH - memory.total_tick_H, 0) * _LOG_TICK
     all_BH = np.maximum(np.log(memory.total_heat_H + 1.0) - spent_BH, 0.0).astype(np.float32)
-    columns = range(num_timed + 1) if timed else [num_timed]
-    for at in columns:
-        age_R = np.maximum(now_BH[pool.user_R, at] - memory.tick_NH[code_R, at], 0)
-        own_R = memory.log_heat_NH[code_R, at] - age_R.astype(np.float32) * _LOG_TICK
-        put(_HEATS[at], np.maximum(own_R, np.float32(-7.0)) - all_BH[pool.user_R, at])
+    columns = slice(0 if timed else num_timed, num_timed + 1)
+    size_B = np.diff(pool.begin_B1)
+    now_RH = np.repeat(now_BH[:, columns], size_B, axis=0)
+    age_RH = np.maximum(now_RH - memory.tick_NH.take(code_R, axis=0, mode="clip")[:, columns], 0)
+    own_RH = memory.log_heat_NH.take(code_R, axis=0, mode="clip")[:, columns]
+    own_RH = np.maximum(own_RH - age_RH.astype(np.float32) * _LOG_TICK, np.float32(-7.0))
+    own_RH -= np.repeat(all_BH[:, columns], size_B, axis=0)
+    for name, own_R in zip(_HEATS[columns], own_RH.T, strict=True):
+        put(name, own_R)
     if not timed:
         return
     put("untouched", _age(now_R - memory.last_ms_N[code_R], memory.count_N[code_R]))

@@ -93,6 +93,8 @@ class Memory:
         self.back = Trails(0)
         """What came right before it; marks say nothing."""
         num_heats = len(HALF_LIVES_MS) + 1
+        self.ids_N: npt.NDArray[np.object_] = np.zeros(0, object)
+        """`ids`, to take many at once."""
         self.hash_N = np.zeros(0, np.uint64)
         self.count_N = np.zeros(0, np.int64)
         self.first_ms_N = np.zeros(0, np.int64)
@@ -169,6 +171,7 @@ class Memory:
             )
             for trails in (self.next, self.later, self.back):
                 trails.grow(begin + more)
+            self.ids_N = np.append(self.ids_N, np.array(list(fresh.values()), object))
             self.ids.extend(fresh.values())
             self.code_of_hash.update({hash_: begin + at for at, hash_ in enumerate(fresh)})
 
