@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from afterclick.serving.engine import F32
 from afterclick.serving.memory import HALF_LIVES_MS, HOUR_MS, TICKS, Memory
-from afterclick.serving.trails import Trails
+from afterclick.serving.trails import WINDOW
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -27,6 +27,9 @@ RECENT = 32
 
 OLDER = 4
 """Places of the past whose trails are followed, the last one apart from the others."""
+
+OLDER_NEWEST = 128
+"""Newest transitions that are read of every place but the last."""
 
 STEP_FALL = 0.6
 """Weight of a transition for every further step between its two items."""
@@ -148,12 +151,9 @@ class Sums:
         self._sum_G1: F64 = sum_G1.astype(np.float64, copy=False)
         self.sum_G: F64 = self._sum_G1[1:]
         """Of each pair."""
-        self.all_B = np.zeros(num_users)
+        bound_B1 = np.searchsorted(user_E, np.arange(num_users + 1))
+        self.all_B = _of_users(weight_E, bound_B1[1:] - bound_B1[:-1])
         """Of each user's entries."""
-        begin_B = np.searchsorted(user_E, np.arange(num_users))
-        some = np.flatnonzero(np.diff(begin_B, append=len(user_E)))
-        if len(some):
-            self.all_B[some] = np.add.reduceat(weight_E, begin_B[some])
 
     def of(self, key_R: I64) -> F64:
         """(R,) sums of these pairs; 0 for one without an entry."""
@@ -266,7 +266,7 @@ def describe(
     put("near", _log(score_R / most_B[user_R] + 1e-3))
     put("near_share", _log(score_R / (near.all_B + 1e-9)[user_R] + 1e-4))
     share_R = memory.count_N[code_R] / max(memory.moves, 1)
-    _transitions(put, pool, past, memory, share_R)
+    _transitions(put, pool, past, memory, share_R, timed=timed)
     _repeats(put, pool, past)
     put("popular", _log(share_R + 1e-6))
     _heats(put, pool, past, memory, timed=timed)
@@ -300,54 +300,73 @@ def _model(put: Put, pool: Pool, scored: Scored) -> None:
     put("model_rank", _log(1.0 + place_R))
 
 
-def _transitions(put: Put, pool: Pool, past: Past, memory: Memory, share_R: F64) -> None:
-    user_R = pool.user_R
-    last_B = past.item_BL[:, 0]
-    user_E, at_E = memory.next.find(last_B)
-    item_E = memory.next.item_A[at_E].astype(np.int64)
-    hit, row = pool.find(user_E, item_E)
-    size_B = np.bincount(user_E, minlength=len(last_B)).astype(np.float64)
-    count_R = np.bincount(row, minlength=len(pool)).astype(np.float64)
-    put("next", _log((count_R + 2 * share_R) / (size_B[user_R] + 2) + 1e-6))
-    end_B = np.cumsum(size_B).astype(np.int64)
-    new = (end_B[user_E] - np.arange(len(user_E)) <= NEW)[hit]
-    new_R = np.bincount(row[new], minlength=len(pool))
-    put("next_new", _log((new_R + share_R) / (np.minimum(size_B, NEW)[user_R] + 1) + 1e-5))
-    age_E = np.maximum(past.now_ms_B[user_E] - memory.next.ms_A[at_E], 0)
-    fresh_E = np.exp2(-(age_E / (24.0 * HOUR_MS)))
-    day_R = np.bincount(row, fresh_E[hit], len(pool))
-    day_B = np.bincount(user_E, fresh_E, len(last_B))
-    put("next_day", _log((day_R + share_R) / (day_B[user_R] + 1) + 1e-6))
-    second_B = past.item_BL[:, 1]
-    same = (memory.next.mark_A[at_E] == second_B[user_E]) & (second_B[user_E] >= 0)
-    pair_R = np.bincount(row, same[hit], len(pool))
-    pair_B = np.bincount(user_E, same, len(last_B))
-    put("pair", _log((pair_R + 1e-2) / (pair_B[user_R] + 1)))
+def _transitions(
+    put: Put, pool: Pool, past: Past, memory: Memory, share_R: F64, *, timed: bool
+) -> None:
+    user_R, num_rows = pool.user_R, len(pool) + 1
+    num_users = len(past.item_BL)
+    last_B, second_B = past.item_BL[:, 0], past.item_BL[:, 1]
+    # The last item's trail, and the newest part of those before it, in one go.
+    owner_X = past.item_BL[:, :OLDER].T.ravel()
+    count_X, at_E = memory.next.newest(owner_X, _MOST_L.repeat(num_users))
+    user_E = np.arange(num_users).repeat(OLDER).reshape(-1, OLDER).T.ravel().repeat(count_X)
+    row_E = pool.rows(user_E, memory.next.item_A.take(at_E, mode="clip"))
+    size_XB = count_X.reshape(OLDER, num_users)
+    size_B = size_XB[0]
+    end_B = size_B.cumsum()
+    of_last = slice(int(end_B[-1]))
+    at_older = row_E[of_last.stop :] + (np.arange(OLDER - 1) * num_rows).repeat(
+        size_XB[1:].sum(axis=1)
+    )
+    at_E, user_E, row_E = at_E[of_last], user_E[of_last], row_E[of_last]
+
+    count_R = np.bincount(row_E, minlength=num_rows)[1:]
+    put("next", _log((count_R + 2 * share_R) / (size_B + 2.0)[user_R] + 1e-6))
+    new = end_B.repeat(size_B) - np.arange(len(row_E)) <= NEW
+    new_R = np.bincount(row_E.compress(new), minlength=num_rows)[1:]
+    put("next_new", _log((new_R + share_R) / (np.minimum(size_B, NEW) + 1.0)[user_R] + 1e-5))
+    if timed:
+        age_E = past.now_ms_B.repeat(size_B) - memory.next.ms_A.take(at_E, mode="clip")
+        fresh_E = np.exp2(-(np.maximum(age_E, 0) / (24.0 * HOUR_MS)))
+        day_R = np.bincount(row_E, fresh_E, num_rows)[1:]
+        put("next_day", _log((day_R + share_R) / (_of_users(fresh_E, size_B) + 1)[user_R] + 1e-6))
+    same = memory.next.mark_A.take(at_E, mode="clip") == np.maximum(second_B, 0).repeat(size_B)
+    same &= (second_B >= 0).repeat(size_B)
+    pair_R = np.bincount(row_E.compress(same), minlength=num_rows)[1:]
+    pair_B = np.bincount(user_E.compress(same), minlength=num_users)
+    put("pair", _log((pair_R + 1e-2) / (pair_B + 1.0)[user_R]))
     put("pair_count", _log(1.0 + pair_B)[user_R])
     total_B = np.where(last_B < 0, 0, memory.next.total_N[np.maximum(last_B, 0)])
     put("last_count", _log(1.0 + total_B)[user_R])
-    later = _later(memory.later, last_B)
-    skip_R = count_R + pool.sums(*later)
-    skip_B = size_B + np.bincount(later[0], later[2], len(last_B))
-    put("skip", _log((skip_R + 2 * share_R) / (skip_B[user_R] + 2) + 1e-6))
-    user_E, at_E = memory.back.find(last_B)
-    back_R = pool.sums(user_E, memory.back.item_A[at_E].astype(np.int64))
-    back_B = np.bincount(user_E, minlength=len(last_B))
-    put("back", _log((back_R + share_R) / (back_B[user_R] + 1) + 1e-5))
+    later_B, at_E = memory.later.newest(last_B, WINDOW)
+    weight_E = _STEP_WEIGHT.take(memory.later.mark_A.take(at_E, mode="clip"))
+    skip_R = count_R + pool.sums(
+        np.arange(num_users).repeat(later_B),
+        memory.later.item_A.take(at_E, mode="clip"),
+        weight_E,
+    )
+    skip_B = size_B + _of_users(weight_E, later_B)
+    put("skip", _log((skip_R + 2 * share_R) / (skip_B + 2)[user_R] + 1e-6))
+    back_B, at_E = memory.back.newest(last_B, WINDOW)
+    back_R = pool.sums(
+        np.arange(num_users).repeat(back_B), memory.back.item_A.take(at_E, mode="clip")
+    )
+    put("back", _log((back_R + share_R) / (back_B + 1.0)[user_R] + 1e-5))
+    found_XR = np.bincount(at_older, minlength=(OLDER - 1) * num_rows)
     older_R, weight = np.zeros(len(pool)), 0.0
-    for place in range(1, OLDER):
-        owner_B = past.item_BL[:, place]
-        user_E, at_E = memory.next.find(owner_B, 128)
-        size_B = np.bincount(user_E, minlength=len(last_B)).astype(np.float64)
-        found_R = pool.sums(user_E, memory.next.item_A[at_E].astype(np.int64))
-        older_R += STEP_FALL ** (place - 1) * found_R / (size_B[user_R] + 2)
-        weight += STEP_FALL ** (place - 1)
+    for place, found_R in enumerate(found_XR.reshape(OLDER - 1, num_rows)[:, 1:]):
+        older_R += STEP_FALL**place * found_R / (size_XB[place + 1] + 2.0)[user_R]
+        weight += STEP_FALL**place
     put("older", _log(older_R / weight + 1e-4))
 
 
-def _later(trails: Trails, owner_B: I64) -> tuple[I64, I64, F64]:
-    user_E, at_E = trails.find(owner_B)
-    return user_E, trails.item_A[at_E].astype(np.int64), _STEP_WEIGHT[trails.mark_A[at_E]]
+def _of_users(weight_E: F64, size_B: I64) -> F64:
+    """(B,) sums of the weights of so many entries each, user after user."""
+    sum_B = np.zeros(len(size_B))
+    some = np.flatnonzero(size_B)
+    if len(some):
+        sum_B[some] = np.add.reduceat(weight_E, (size_B.cumsum() - size_B)[some])
+    return sum_B
 
 
 def _repeats(put: Put, pool: Pool, past: Past) -> None:
@@ -421,6 +440,8 @@ def _log(value: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
 
 _LATER_LL = np.tri(RECENT, k=-1, dtype=bool).T
 """Places that are older than each place."""
+
+_MOST_L = np.array([WINDOW] + [OLDER_NEWEST] * (OLDER - 1))
 
 _STEP_WEIGHT = np.array([0.0, 1.0, STEP_FALL, STEP_FALL**2, STEP_FALL**3])
 

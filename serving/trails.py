@@ -68,13 +68,16 @@ class Trails:
 
         Oldest first; a negative owner has none.
         """
-        known_X = np.maximum(owner_X, 0)
-        size_X = np.where(owner_X < 0, 0, self._size_N[known_X])
-        count_X = np.minimum(size_X, newest)
-        return (
-            np.repeat(np.arange(len(owner_X)), count_X),
-            ranges(self._begin_N[known_X] + size_X - count_X, count_X),
-        )
+        count_X, at_E = self.newest(owner_X, newest)
+        return np.repeat(np.arange(len(owner_X)), count_X), at_E
+
+    def newest(self, owner_X: I64, most: int | I64) -> tuple[I64, I64]:
+        """How many entries each owner has, `most` at most, and the places of the newest of them."""
+        size_X = self._size_N.take(owner_X, mode="clip")
+        size_X[owner_X < 0] = 0
+        count_X = np.minimum(size_X, most)
+        begin_X = self._begin_N.take(owner_X, mode="clip")
+        return count_X, ranges(begin_X + size_X - count_X, count_X)
 
     def dump(self) -> dict[str, npt.NDArray[Any]]:
         """Everything that is ever read, item after item."""
@@ -135,8 +138,12 @@ class Trails:
 
 def ranges(begin_X: I64, count_X: I64) -> I64:
     """All whole numbers begin, begin + 1, … of so many each, one range after the other."""
-    start_X = np.cumsum(count_X) - count_X
-    return np.repeat(begin_X - start_X, count_X) + np.arange(int(count_X.sum()))
+    end_X = count_X.cumsum()
+    if not len(end_X):
+        return end_X
+    all_E: I64 = (begin_X - end_X + count_X).repeat(count_X)
+    all_E += np.arange(len(all_E))
+    return all_E
 
 
 def place_in_group(group_E: I64) -> I64:
