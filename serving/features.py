@@ -19,6 +19,7 @@ from afterclick.serving.engine import F32
 from afterclick.serving.memory import HALF_LIVES_MS, HOUR_MS, TICKS, Memory
 from afterclick.serving.trails import WINDOW
 
+I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
@@ -118,7 +119,7 @@ class Pool:
     def __len__(self) -> int:
         return len(self.key_R)
 
-    def rows(self, user_E: I64, code_E: I64) -> npt.NDArray[np.int32]:
+    def rows(self, user_E: I64, code_E: I32 | I64) -> I32:
         """Row of each entry's pair, counted from 1; 0 where it is no candidate."""
         return self._slots.numbers(user_E * self.num_codes + code_E)
 
@@ -128,7 +129,7 @@ class Pool:
         hit = np.flatnonzero(row_E)
         return hit, row_E.take(hit).astype(np.int64) - 1
 
-    def sums(self, user_E: I64, code_E: I64, weight_E: F64 | None = None) -> F64:
+    def sums(self, user_E: I64, code_E: I32 | I64, weight_E: F64 | None = None) -> F64:
         """(R,) sum of the weights, or the number, of each candidate's entries."""
         row_E = self.rows(user_E, code_E)
         sum_R1 = np.bincount(row_E, weight_E, len(self) + 1).astype(np.float64, copy=False)
@@ -189,7 +190,7 @@ class _Slots:
         self.key_G = key_G
         self._slot[key_G] = np.arange(1, len(key_G) + 1, dtype=np.int32)
 
-    def number(self, key_E: I64, size: int) -> npt.NDArray[np.int32]:
+    def number(self, key_E: I64, size: int) -> I32:
         """`put` the pairs of these entries, in order of their last one; the entries' numbers."""
         self._clean(size)
         self.key_G = key_E
@@ -199,7 +200,7 @@ class _Slots:
         self._slot[self.key_G] = at_E[: len(self.key_G)]
         return self.numbers(key_E)
 
-    def numbers(self, key_E: I64) -> npt.NDArray[np.int32]:
+    def numbers(self, key_E: I64) -> I32:
         """Numbers of these pairs."""
         return self._slot.take(key_E, mode="clip")  # without a look at every index: twice as fast
 
