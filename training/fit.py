@@ -11,7 +11,7 @@ import math
 import pickle
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,8 @@ def fit(
         num_items: rows of the item table.
         settings: the run's settings.
         content: what the items say about themselves; None for ids alone.
-        everything: training and validation part for the last passes; None leaves them out.
+        everything: training and validation part for the last passes, or for training once more;
+            None leaves them out.
         checkpoint: file written after every epoch; None keeps none.
         resume: go on from the checkpoint where there is one.
         until_epoch: stop after this epoch, as if cut off: no last passes follow.
@@ -151,17 +152,21 @@ def fit(
         ContractError: there is nothing to learn from, or the loss is not finite.
     """
     _prepare(settings)
-    begin_W, size_W = windows(train, settings.history)
-    if not len(begin_W):
+    if not len(windows(train, settings.history)[0]):
         raise ContractError(
             "training: no user has two clicks on known items, so there is nothing to learn from",
             reason="no-transitions",
         )
-    # One epoch's number of batches hardly varies; the schedule needs it beforehand.
-    num_batches = -(-int((size_W - 1).sum()) // settings.batch_events)
-    torch.manual_seed(settings.seed)
-    run = _Run(num_items, settings, num_batches, content)
-    start(run.model)
+
+    def begun(part: Sequences) -> _Run:
+        # One epoch's number of batches hardly varies; the schedule needs it beforehand.
+        steps = int((windows(part, settings.history)[1] - 1).sum())
+        torch.manual_seed(settings.seed)
+        run = _Run(num_items, settings, -(-steps // settings.batch_events), content)
+        start(run.model)
+        return run
+
+    run = begun(train)
     name = _fingerprint(train, held, num_items, settings, content)
     if checkpoint is not None and resume and checkpoint.is_file():
         _restore(run, checkpoint, name)
@@ -198,7 +203,19 @@ def fit(
     run.model.load_state_dict(run.best)
     best = {key: value.clone() for key, value in run.best.items()}
     if everything is not None and until_epoch is None and held is not None:
-        _last_passes(run, everything, settings, on_epoch, on_batch)
+        if settings.retrain:
+            again = begun(everything)
+            passes = _passes_again(again, run.best_epoch, everything, settings, guide, on_batch)
+            run.model = again.model
+        else:
+            passes = _last_passes(run, everything, settings, on_batch)
+        started_s = time.monotonic()
+        for loss in passes:
+            seconds = round(time.monotonic() - started_s, 3)
+            epoch = Epoch(epoch=len(run.curve) + 1, loss=loss, seconds=seconds, final=True)
+            run.curve.append(epoch)
+            on_epoch(epoch)
+            started_s = time.monotonic()
     run.model.eval()
     return Fitted(run.model, run.curve, run.best_epoch, run.best_rates, best)
 
@@ -376,20 +393,16 @@ def _last_passes(
     run: _Run,
     everything: Sequences,
     settings: TrainingSettings,
-    on_epoch: Callable[[Epoch], None],
     on_batch: Callable[[float], None],
-) -> None:
-    """Learn from all data, the newest included, from the best epoch on."""
-    if not settings.final_epochs:
-        return
+) -> Iterator[float]:
+    """Learn from all data, the newest included, from the best epoch on; yields each loss."""
     start = settings.learning_rate * settings.final_rate
     run.optimiser = Optimiser(run.model, settings)
     run.step = 0
     steps = int((windows(everything, settings.history)[1] - 1).sum()) / settings.batch_events
     total = max(1.0, settings.final_epochs * steps)
     for number in range(1, settings.final_epochs + 1):
-        started_s = time.monotonic()
-        loss = _epoch(
+        yield _epoch(
             run,
             everything,
             settings,
@@ -397,10 +410,28 @@ def _last_passes(
             rate_at=lambda step: start * max(1e-3, 1 - step / total),
             on_batch=on_batch,
         )
-        seconds = round(time.monotonic() - started_s, 3)
-        epoch = Epoch(epoch=len(run.curve) + 1, loss=loss, seconds=seconds, final=True)
-        run.curve.append(epoch)
-        on_epoch(epoch)
+
+
+def _passes_again(
+    run: _Run,
+    num_epochs: int,
+    everything: Sequences,
+    settings: TrainingSettings,
+    guide: Guide | None,
+    on_batch: Callable[[float], None],
+) -> Iterator[float]:
+    """Learn from all data as the best epoch's weights came about; yields each loss."""
+    for number in range(1, num_epochs + 1):
+        yield _epoch(
+            run,
+            everything,
+            settings,
+            seed=FINAL + number,
+            rate_at=one_cycle(settings, run.total_steps),
+            masked=number <= settings.masked_epochs,
+            guide=guide,
+            on_batch=on_batch,
+        )
 
 
 def _exhausted(run: _Run, settings: TrainingSettings, held: Held | None) -> bool:

@@ -157,7 +157,7 @@ def train_release(
         events=data.everything.num_events,
         sequences=data.everything.num_sequences,
         items=len(data.item_ids),
-        epochs=settings.epochs + (settings.final_epochs if data.held is not None else 0),
+        epochs=settings.epochs + (settings.all_epochs if data.held is not None else 0),
         bad_records=source.num_bad,
     )
     fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
@@ -166,7 +166,7 @@ def train_release(
     if blend is not None:
         metrics.update(blend.judged)
         blend = blend if blend.helps or settings.blend == "on" else None
-    trained_N = _clicked(data.everything if settings.final_epochs else data.train, data)
+    trained_N = _clicked(data.everything if settings.all_epochs else data.train, data)
     tables = build_tables(fitted.model, data.item_ids, trained_N, source.items)
     memory = None
     if blend is not None:
@@ -307,7 +307,7 @@ def _fit(
     resume: bool,
     teller: Teller,
 ) -> Fitted:
-    total = settings.epochs + (settings.final_epochs if data.held is not None else 0)
+    total = settings.epochs + (settings.all_epochs if data.held is not None else 0)
 
     def on_epoch(epoch: Epoch) -> None:
         figures = msgspec.structs.asdict(epoch)

@@ -97,6 +97,12 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     final_rate: Annotated[float, Meta(gt=0, le=1)] = 0.25
     """Learning rate at the start of these last passes, as a share of `learning_rate`."""
 
+    retrain: bool = False
+    """Instead of these last passes train once more from the beginning, on all data, for as many
+    epochs as the best one. It costs as much again; where new items appear all the time, it is worth
+    it: one pass is too few for what only the validation part holds.
+    """
+
     masked_epochs: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Warm-up without a next item: in so many of the epochs, the first ones, a fifth of the items
     is hidden, and the state one step later has to name them.
@@ -199,6 +205,11 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where torch computes; `cuda` fails without a GPU."""
+
+    @property
+    def all_epochs(self) -> int:
+        """Passes over all data, validation part included, at most."""
+        return self.epochs if self.retrain else self.final_epochs
 
 
 def training_settings(

@@ -211,6 +211,26 @@ def test_the_last_passes_learn_from_everything_and_leave_the_figures_alone() -> 
     assert not torch.equal(fitted.model.bias, without.model.bias)
 
 
+def test_training_once_more_is_a_run_of_its_own_over_everything() -> None:
+    """It repeats what led to the best epoch, schedule included, on all data; figures stay."""
+    log = build_log(ring(), history=50)
+    settings = quick(epochs=3, retrain=True)
+
+    without = run(quick(epochs=3))
+    again = run(settings, everything=log.sequences)
+    whole = fit(log.sequences, None, len(log.item_ids), settings)
+
+    assert (quick(epochs=3, final_epochs=0).all_epochs, settings.all_epochs) == (0, 3)
+    finals = [epoch.loss for epoch in again.curve if epoch.final]
+    assert len(finals) == again.best_epoch
+    assert again.validation == without.validation
+    # Other draws of the same first epoch.
+    assert finals[0] == pytest.approx(whole.curve[0].loss, rel=0.05)
+    assert finals[-1] == pytest.approx(whole.curve[len(finals) - 1].loss, rel=0.05)
+    assert not torch.equal(again.model.bias, without.model.bias)
+    assert torch.equal(again.validation_state["bias"], without.validation_state["bias"])
+
+
 def test_nothing_to_learn_from_is_said() -> None:
     """One click per user has no next one."""
     one = np.zeros(1, np.int64)
