@@ -67,11 +67,11 @@ ASKED = 256
 ALONE = 32
 """Users who are asked for one by one."""
 
-FORMER = {"Scanner.look": "Scanner.top_and_scores"}
+FORMER = {"Scanner.look": "Scanner.top_and_scores", "Blend.rows": "Blend._rows_of"}
 """What a function was called in commits that this one may be compared with."""
 
 STAGES: tuple[tuple[str, str, str], ...] = (
-    ("rows", "serving.blend", "Blend._rows_of"),
+    ("rows", "serving.blend", "Blend.rows"),
     ("pasts", "serving.blend", "past_of"),
     ("scan", "serving.engine", "Scanner.look"),
     ("model's best", "serving.blend", "_of_model"),
@@ -251,12 +251,13 @@ def lists(asked: Question, size: int, num: int) -> list[Any]:
 
 def moved(asked: Question, times: int) -> float:
     """Median CPU µs of a batch's first look at the items after the catalogue took one."""
+    look = getattr(asked.blend, "rows", None) or asked.blend._rows_of
     taken = []
     for offset in range(times):
         item = Item(item_id=asked.catalog.ids[offset], available=offset % 2 == 0)
         asked.catalog.apply(item, 0, offset)
         begun = time.thread_time_ns()
-        asked.blend._rows_of(asked.memory, asked.catalog)
+        look(asked.memory, asked.catalog)
         taken.append((time.thread_time_ns() - begun) / 1e3)
     return statistics.median(taken)
 

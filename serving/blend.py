@@ -8,6 +8,7 @@ batch. Shape letters: B users, D scan vector, C the model's best rows, R candida
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from afterclick.serving.features import (
 from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import UNKNOWN, Memory
 from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
-from afterclick.serving.records import INTERACTION_BYTES
+from afterclick.serving.records import INTERACTION_BYTES, item_hash
 from afterclick.serving.trails import place_in_group, ranges
 
 USERS_MAX = 64
@@ -100,7 +101,8 @@ class Blend:
                 "worker does not know; upgrade the worker",
                 reason="blend",
             ) from error
-        self._kept: tuple[tuple[int, ...], Rows | None] = (), None
+        self._kept: _Kept | None = None
+        self._keeping = threading.Lock()
         self._session = session_of(folder / BLEND_NAME, provider, threads)
         self._mean_F = _means(folder / BLEND_NAME)
         width = self._session.get_inputs()[0].shape[1]
@@ -133,7 +135,7 @@ class Blend:
             want: items per list; fewer where there are not so many candidates.
             drops: per user, hashes of items left out.
         """
-        rows = self._rows_of(memory, catalog)
+        rows = self.rows(memory, catalog)
         size = max(2, min(USERS_MAX, PAIRS_MAX // max(memory.num_items, 1)))
         ranked: list[Ranked] = []
         for begin in range(0, len(query_BD), size):
@@ -164,13 +166,32 @@ class Blend:
         score_R: F32 = self._session.run(["score"], {"features": own_RF})[0]
         return score_R[:num_rows]
 
-    def _rows_of(self, memory: Memory, catalog: Catalog) -> Rows:
-        state = (id(memory), id(catalog), memory.num_items, catalog.num_items, *catalog.offsets)
-        kept_state, rows = self._kept
-        if rows is None or kept_state != state:
-            rows = rows_of(memory, catalog)
-            self._kept = (*state[:2], memory.num_items, *state[3:]), rows
-        return rows
+    def rows(self, memory: Memory, catalog: Catalog) -> Rows:
+        """Where the memory's items stand now; only what has changed is looked up anew."""
+        with self._keeping:
+            kept = self._kept
+            if kept is None or kept.memory is not memory or kept.catalog is not catalog:
+                changed = None
+            else:
+                changed = catalog.changed_since(kept.num_changes)
+            num_changes = catalog.num_changes
+            if kept is None or changed is None:
+                rows = rows_of(memory, catalog)
+            elif changed or len(kept.rows.row_N) != memory.num_items:
+                rows = rows_after(kept.rows, memory, catalog, changed)
+            else:
+                return kept.rows
+            self._kept = _Kept(memory, catalog, num_changes, rows)
+            return rows
+
+
+class _Kept(NamedTuple):
+    """Rows as of so many changes of a catalogue."""
+
+    memory: Memory
+    catalog: Catalog
+    num_changes: int
+    rows: Rows
 
 
 def _means(path: Path) -> F32:
@@ -273,6 +294,58 @@ def rows_of(memory: Memory, catalog: Catalog) -> Rows:
     order = np.lexsort((memory.hash_N, ms_N))  # of the same time by hash, which no code decides
     order = order[ms_N[order] > 0]
     return Rows(row_N, code_of_row, hidden_N, Published(ms_N, ms_N[order], order))
+
+
+def rows_after(rows: Rows, memory: Memory, catalog: Catalog, changed: Sequence[str]) -> Rows:
+    """`rows_of`, from what it was before these items changed and the memory learnt of others."""
+    memory.know(
+        item_id
+        for item_id in changed
+        if catalog.row(item_id) is not None or item_id in catalog.published_ms
+    )
+    more = memory.num_items - len(rows.row_N)
+    row_N = np.append(rows.row_N, np.full(more, -1))
+    hidden_N = np.append(rows.hidden_N, np.zeros(more, bool))
+    ms_N = np.append(rows.published.ms_N, np.zeros(more, np.int64))
+    num_rows = len(catalog.scan_vectors_ND)
+    code_of_row = np.append(rows.code_of_row, np.full(num_rows - len(rows.code_of_row), UNKNOWN))
+    fresh = list(range(len(rows.row_N), memory.num_items))
+    known = map(memory.code_of_hash.get, map(item_hash, changed))
+    codes = {*fresh, *(code for code in known if code is not None)}
+    published: list[int] = []
+    for code in sorted(codes):
+        item_id = memory.ids[code]
+        row, ms = catalog.row(item_id), catalog.published_ms.get(item_id, 0)
+        if row is not None:
+            row_N[code], code_of_row[row] = row, code
+        hidden_N[code] = not catalog.is_available(item_id)
+        if ms != ms_N[code]:
+            ms_N[code] = ms
+            published.append(code)
+    return Rows(
+        row_N, code_of_row, hidden_N, _republished(rows.published, ms_N, published, memory.hash_N)
+    )
+
+
+def _republished(
+    before: Published, ms_N: I64, codes: list[int], hash_N: npt.NDArray[np.uint64]
+) -> Published:
+    """The order of publication after the times of a few items have changed."""
+    if not codes:
+        return Published(ms_N, before.sorted_ms, before.sorted_code)
+    stays = ~np.isin(before.sorted_code, codes)
+    sorted_ms, sorted_code = before.sorted_ms[stays], before.sorted_code[stays]
+    added = [code for code in codes if ms_N[code] > 0]
+    added.sort(key=lambda code: (int(ms_N[code]), int(hash_N[code])))
+    places = []
+    for code in added:
+        begin, end = (
+            int(np.searchsorted(sorted_ms, ms_N[code], side=side)) for side in ("left", "right")
+        )
+        places.append(begin + int(np.searchsorted(hash_N[sorted_code[begin:end]], hash_N[code])))
+    return Published(
+        ms_N, np.insert(sorted_ms, places, ms_N[added]), np.insert(sorted_code, places, added)
+    )
 
 
 def _of_model(

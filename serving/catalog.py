@@ -38,6 +38,9 @@ from afterclick.serving.records import item_hash
 SPARE_ROWS = 1024
 """Rows are allocated in steps of this many, so that a new item rarely moves the matrix."""
 
+CHANGES_MAX = 1 << 14
+"""Changes that are remembered: who is further behind looks at all items again."""
+
 
 class ItemVersion(Encodable, Protocol):
     """What `apply` needs of an item event (streams.events.Item has it)."""
@@ -94,6 +97,8 @@ class Catalog:
         self._unavailable: set[str] = set()
         self._hidden: dict[int, F32] = {}
         self.matrix_changed = True
+        self._changes: list[str] = []
+        self._forgotten = 0
         for item in rows.items:
             if not item.available:
                 self._set_available(item.item_id, available=False)
@@ -171,6 +176,16 @@ class Catalog:
         limit = before[seen.partition] if 0 <= seen.partition < len(before) else 0
         return row if seen.partition < 0 or seen.offset < limit else None
 
+    @property
+    def num_changes(self) -> int:
+        """Items that came, or came again, so far."""
+        return self._forgotten + len(self._changes)
+
+    def changed_since(self, num_changes: int) -> list[str] | None:
+        """Ids of the items that came after so many others; None where that is too long ago."""
+        begin = num_changes - self._forgotten
+        return self._changes[begin:] if begin >= 0 else None
+
     def apply(self, item: ItemVersion | None, partition: int, offset: int) -> None:
         """Take one record of the items topic; None is a record that was no item.
 
@@ -184,6 +199,10 @@ class Catalog:
         self.offsets[partition] = offset + 1
         if item is None:
             return
+        self._changes.append(item.item_id)
+        if len(self._changes) > CHANGES_MAX:
+            self._forgotten += len(self._changes)
+            self._changes = []
         if item.published_ms is not None:
             self.published_ms[item.item_id] = item.published_ms
         if item.item_id not in self._row_by_id:

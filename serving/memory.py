@@ -22,7 +22,7 @@ from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import MEMORY_NAME, Manifest
 from afterclick.serving.neighbours import Lookup, Sessions, index_sessions
 from afterclick.serving.records import item_hash
-from afterclick.serving.trails import Trails, ranges
+from afterclick.serving.trails import Spare, Trails, ranges
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -112,6 +112,7 @@ class Memory:
         self.total_tick_H = np.zeros(num_heats, np.int64)
         self.neighbours = Lookup(index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0))
         self._growing = threading.Lock()
+        self._spare = Spare()
         self.know(ids)
         self._every = max(POPULAR_EVERY, len(self.ids) // 256)
 
@@ -160,18 +161,13 @@ class Memory:
                     fresh.setdefault(hash_, item_id)
             if not fresh:
                 return
-            begin, more = len(self.ids), len(fresh)
-            self.hash_N = np.append(self.hash_N, np.array(list(fresh), np.uint64))
-            for name in ("count_N", "first_ms_N", "last_ms_N"):
-                setattr(self, name, np.pad(getattr(self, name), (0, more)))
-            self.heat_NH = np.pad(self.heat_NH, ((0, more), (0, 0)))
-            self.tick_NH = np.pad(self.tick_NH, ((0, more), (0, 0)))
-            self.log_heat_NH = np.pad(
-                self.log_heat_NH, ((0, more), (0, 0)), constant_values=_log_of(np.zeros(1))[0]
-            )
+            begin, num = len(self.ids), len(self.ids) + len(fresh)
+            for name, fill in _OF_ITEMS.items():
+                setattr(self, name, self._spare.grown(name, getattr(self, name), num, fill))
+            self.ids_N[begin:] = list(fresh.values())
+            self.hash_N[begin:] = list(fresh)
             for trails in (self.next, self.later, self.back):
-                trails.grow(begin + more)
-            self.ids_N = np.append(self.ids_N, np.array(list(fresh.values()), object))
+                trails.grow(num)
             self.ids.extend(fresh.values())
             self.code_of_hash.update({hash_: begin + at for at, hash_ in enumerate(fresh)})
 
@@ -379,6 +375,17 @@ _PLAIN = (
     "total_heat_H",
     "total_tick_H",
 )
+_OF_ITEMS: dict[str, object] = {
+    "ids_N": "",
+    "hash_N": 0,
+    "count_N": 0,
+    "first_ms_N": 0,
+    "last_ms_N": 0,
+    "heat_NH": 0,
+    "tick_NH": 0,
+    "log_heat_NH": np.log(1e-9).astype(np.float32),
+}
+"""Arrays with an entry for every item, and what stands there before its first move."""
 _TRAILS = ("next", "later", "back")
 
 

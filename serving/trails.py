@@ -16,6 +16,9 @@ I64 = npt.NDArray[np.int64]
 WINDOW = 256
 """Newest entries of an item that count: more than a list has places, and what one look-up costs."""
 
+SPARE_SHARE = 8
+"""One entry to spare for so many, when an array of all items grows."""
+
 ROOM_MIN = 4
 """Entries that an item's first room holds."""
 
@@ -33,12 +36,12 @@ class Trails:
         self._size_N = np.zeros(num_items, np.int64)
         self._room_N = np.zeros(num_items, np.int64)
         self._used = 0
+        self._spare = Spare()
 
     def grow(self, num_items: int) -> None:
         """Make room for items up to this number."""
-        more = num_items - len(self.total_N)
         for name in ("total_N", "_begin_N", "_size_N", "_room_N"):
-            setattr(self, name, np.pad(getattr(self, name), (0, more)))
+            setattr(self, name, self._spare.grown(name, getattr(self, name), num_items, 0))
 
     def push(self, owner_E: I64, item_E: I64, mark_E: I64, ms_E: I64) -> None:
         """Append entries, in order."""
@@ -134,6 +137,27 @@ class Trails:
             fresh = np.zeros(2 * (self._used + extra), old.dtype)
             fresh[target] = old[source]
             setattr(self, name, fresh)
+
+
+class Spare:
+    """Arrays that grow by one item at a time without being copied each time."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, npt.NDArray[Any]] = {}
+
+    def grown(
+        self, name: str, array: npt.NDArray[Any], size: int, fill: object
+    ) -> npt.NDArray[Any]:
+        """The array with so many entries, new ones filled; it may share memory with the old one.
+
+        Only the array that was given out last under this name is taken up where it stands.
+        """
+        whole = self._whole.get(name)
+        if whole is None or array.base is not whole or len(whole) < size:
+            whole = np.full((size + size // SPARE_SHARE + 1, *array.shape[1:]), fill, array.dtype)
+            whole[: len(array)] = array
+            self._whole[name] = whole
+        return whole[:size]
 
 
 def ranges(begin_X: I64, count_X: I64) -> I64:

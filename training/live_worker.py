@@ -11,7 +11,7 @@ import time
 import msgspec
 import numpy as np
 
-from afterclick.serving.blend import Context, gather, rows_of
+from afterclick.serving.blend import Context, gather
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.records import TopList, UserRecord, decode_record
 from afterclick.serving.releases import LoadedRelease
@@ -177,14 +177,14 @@ class LiveWorker:
         release = self.loaded
         assert release is not None
         assert release.memory is not None
-        assert release.manifest.blend is not None
+        assert release.blend is not None
         record = self._record(user) or UserRecord()
         found = gather(
-            release.manifest.blend,
+            release.blend.spec,
             release.engine.query(release.engine.zero_state(1)),
             [Context(record.interactions, record.clicks, record.last_ms, now_ms)],
             release.memory,
-            rows_of(release.memory, release.catalog),
+            release.blend.rows(release.memory, release.catalog),
             release.scanner,
             K,
             tell_sources=True,

@@ -53,7 +53,7 @@ class Hearing(NamedTuple):
         """The release, its memory as it came."""
         blend = copy.copy(loaded.blend)
         if blend is not None:
-            blend._kept = (), None  # of the memory that it was asked with
+            blend._kept = None  # of the memory that it was asked with
         memory = None
         if loaded.memory is not None:
             memory = Memory(loaded.memory.ids)

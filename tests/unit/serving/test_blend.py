@@ -230,3 +230,49 @@ def test_the_neighbours_best_are_those_of_a_full_sort() -> None:
             order = sorted(own, key=lambda e: (-score[e], memory.hash_N[code[e]]))
             expected = [at * 900 + code[e] for e in order[:num_best]]
             assert [key for key in best if key // 900 == at] == expected
+
+
+def test_rows_after_changes_are_those_of_a_fresh_look(loaded: LoadedRelease) -> None:
+    """Items come, hide, move in time, and the memory learns of strangers, in any order."""
+    assert loaded.blend is not None
+    assert loaded.memory is not None
+    rng = np.random.default_rng(5)
+    for offset in range(300):
+        number = int(rng.integers(0, 400))
+        ms = [None, 0, 5000 + int(rng.integers(0, 4))][int(rng.integers(0, 3))]
+        categories = ["c1"] if rng.random() < 0.5 else []
+        loaded.catalog.apply(
+            Item(
+                item_id=f"i{number:05d}",
+                available=bool(rng.random() < 0.7),
+                published_ms=ms,
+                categories=categories,
+            ),
+            0,
+            offset,
+        )
+        if rng.random() < 0.2:
+            loaded.memory.absorb([Move(f"s{rng.integers(0, 50)}", 2, 1 << 40, ())])
+        if rng.random() < 0.3:
+            found = loaded.blend.rows(loaded.memory, loaded.catalog)
+            expected = rows_of(loaded.memory, loaded.catalog)
+            for name, array in expected._asdict().items():
+                pairs = zip(array, getattr(found, name), strict=True) if name == "published" else ()
+                for one, other in pairs or [(array, getattr(found, name))]:
+                    assert np.array_equal(one, other), name
+    found = loaded.blend.rows(loaded.memory, loaded.catalog)
+    assert loaded.blend.rows(loaded.memory, loaded.catalog) is found
+
+
+def test_who_is_far_behind_the_catalogue_looks_at_everything(
+    loaded: LoadedRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of changes is bounded, so a worker may come too late for it."""
+    monkeypatch.setattr("afterclick.serving.catalog.CHANGES_MAX", 10)
+    assert loaded.blend is not None
+    assert loaded.memory is not None
+    loaded.blend.rows(loaded.memory, loaded.catalog)
+    for offset in range(25):
+        loaded.catalog.apply(Item(item_id=f"i{offset:05d}", available=False), 0, offset)
+    found = loaded.blend.rows(loaded.memory, loaded.catalog)
+    assert int(found.hidden_N.sum()) == 25
