@@ -37,6 +37,7 @@ from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, Scanner
 from afterclick.serving.features import FEATURES, TIMED
+from afterclick.serving.index import TwoStageScanner
 from afterclick.serving.manifest import (
     BLEND_NAME,
     BlendSpec,
@@ -74,6 +75,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("rows", "serving.blend", "Blend.rows"),
     ("pasts", "serving.blend", "past_of"),
     ("scan", "serving.engine", "Scanner.look"),
+    ("scan", "serving.index", "TwoStageScanner.look"),
     ("model's best", "serving.blend", "_of_model"),
     ("neighbours", "serving.neighbours", "neighbour_items"),
     ("neighbours' best", "serving.blend", "_best_near"),
@@ -151,7 +153,9 @@ def vectors_of(log: Log, seed: int) -> F32:
     return np.concatenate([vector_ND, np.zeros((len(vector_ND), 1), np.float32)], axis=1)
 
 
-def question(log: Log, folder: Path, spec: dict[str, Any], seed: int) -> Question:
+def question(
+    log: Log, folder: Path, spec: dict[str, Any], seed: int, scan: str = "exact"
+) -> Question:
     """The last sequences are asked about, the others are what is known."""
     rng = np.random.default_rng(seed)
     split = len(log.start_S1) - 1 - ASKED
@@ -165,7 +169,11 @@ def question(log: Log, folder: Path, spec: dict[str, Any], seed: int) -> Questio
     scan_ND = vectors_of(log, seed)
     table = ItemTable(items=[ItemRow(item_id=item) for item in log.ids])
     catalog = Catalog(table, scan_ND[:, :-1].copy(), scan_ND)
-    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    scanner: Scanner
+    if scan == "exact":
+        scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
+    else:
+        scanner = TwoStageScanner(catalog.scan_vectors_ND, threads=1)
     kind = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
     contexts, query_BD = [], np.zeros((ASKED, DIM + 1), np.float32)
     now_ms = END_MS if time_P is not None else 0
@@ -270,7 +278,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         log = file_log(given.clicks, given.events)
     spec = dict(pair.split("=") for pair in given.set)
     with tempfile.TemporaryDirectory(prefix="afterclick-blending-") as folder:
-        asked = question(log, Path(folder), {k: int(v) for k, v in spec.items()}, given.seed)
+        asked = question(
+            log, Path(folder), {k: int(v) for k, v in spec.items()}, given.seed, given.scan
+        )
     found = lists(asked, 64, ASKED)
     same = lists(asked, 1, ALONE) == found[:ALONE]
     result: dict[str, Any] = {
@@ -279,6 +289,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "alone_is_batch": same,
         "moved_us": moved(asked, 5),
     }
+    if given.scan != "exact":
+        exact = Scanner(asked.catalog.scan_vectors_ND, provider="cpu", threads=1)
+        others = lists(asked._replace(scanner=exact), 64, ASKED)
+        pairs = zip(found, others, strict=True)
+        result["as_exact"] = statistics.mean(
+            len({*one.items} & {*other.items}) / len(other.items) for one, other in pairs
+        )
     clock = Clock()
     clock.watch()
     for name, size, num in (("batch", 64, ASKED), ("alone", 1, ALONE)):
@@ -289,7 +306,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             lists(asked, size, num)
             clock.us[REST] = (time.thread_time_ns() - begun) / 1e3 - sum(clock.us.values())
             rounds.append(clock.us)
-        names = [stage for stage, _, _ in STAGES if stage in rounds[0]] + [REST]
+        names = [*dict.fromkeys(stage for stage, _, _ in STAGES if stage in rounds[0]), REST]
         quietest = min(rounds[1:], key=lambda one: sum(one.values()))
         result[name] = {stage: quietest[stage] / num for stage in names}
     return result
@@ -336,16 +353,13 @@ def table(now: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
     """As Markdown."""
     head = "in batches of 64 | one user alone"
     lines = [f"| CPU µs a user | {head} |", "|---|---|---|"]
-    stages = [*STAGES, (REST, "", "")]
-    keys = [(f"{name}", ("batch", name), ("alone", name)) for name, _, _ in stages]
-    for words, *paths in keys:
-        cells = []
-        for kind, name in paths:
-            own = now[kind].get(name)
-            old = before[kind].get(name) if before else None
-            cells.append(_cell(own, old))
+    for name in dict.fromkeys([*(stage for stage, _, _ in STAGES), REST]):
+        cells = [
+            _cell(now[kind].get(name), before[kind].get(name) if before else None)
+            for kind in ("batch", "alone")
+        ]
         if any(cells):
-            lines.append(f"| {words} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     for words, suffix in (("**all**", "_us"), ("**beside the scan**", "_beside_scan_us")):
         cells = [
             _cell(now[kind + suffix], before[kind + suffix] if before else None)
@@ -354,6 +368,8 @@ def table(now: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
         lines.append(f"| {words} | {' | '.join(cells)} |")
     old = before["moved_us"] if before else None
     lines += ["", f"once after the catalogue moved: {_cell(now['moved_us'], old)} µs"]
+    if "as_exact" in now:
+        lines.append(f"items of a list that it has over the exact scan, too: {now['as_exact']:.4f}")
     if before:
         same = "the same" if now["lists"] == before["lists"] else "OTHERS"
         lines.append(f"lists: {same}")
@@ -373,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=int, default=300_000)
     parser.add_argument("--clicks", type=Path, help="sessions without times; else the world")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--scan", choices=("exact", "two-stage"), default="exact")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--set", action="append", default=[], help="NAME=NUMBER of BlendSpec")
     parser.add_argument("--against", metavar="REF", help="commit to compare with")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from afterclick.serving.best import best_first
-from afterclick.serving.engine import F32, I64, MASKED, Scanner
+from afterclick.serving.engine import F32, I64, MASKED, Look, Scanner
 from afterclick.serving.errors import ConfigError
 
 SURVIVORS = 768
@@ -53,7 +53,7 @@ GATHERED_MAX = 1 << 22
 
 
 class TwoStageScanner(Scanner):
-    """`Scanner` whose `top` is approximate; its other methods stay exact.
+    """`Scanner` whose `top` and `look` are approximate; `scores` stays exact.
 
     A row whose vector changes after it was added is still found by its first one, and scored by
     the present one.
@@ -90,6 +90,25 @@ class TwoStageScanner(Scanner):
         if k > WANT_MAX or len(self._row_of_M) <= self._fetched:
             return super()._top(q_BD, min(k, self.num_rows))
         return super().top(q_BD, k)
+
+    def look(self, q_BD: F32, k: int) -> Look:
+        """As `Scanner.look`: the best rows as `top` finds them, others scored when they are named.
+
+        Every score is a sum over one row, so this costs as many rows as are named.
+        """
+        if k > WANT_MAX or len(self._row_of_M) <= self._fetched:
+            return super().look(q_BD, k)
+        score_BK, row_BK = self.top(q_BD, k)
+        return Look(score_BK, row_BK, lambda user_R, row_R: self._scores_at(q_BD, user_R, row_R))
+
+    def _scores_at(self, q_BD: F32, user_R: I64, row_R: I64) -> F32:
+        score_R = np.empty(len(row_R), np.float32)
+        some = max(1, GATHERED_MAX // (2 * q_BD.shape[1]))
+        for start in range(0, len(row_R), some):
+            part = slice(start, start + some)
+            rows_RD, q_RD = self._matrix[row_R[part]], q_BD[user_R[part]]
+            np.einsum("rd,rd->r", rows_RD, q_RD, out=score_R[part])
+        return score_R
 
     def _top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
         rough_BR, at_BR = self._index.search(self._padded(q_BD), self._fetched)

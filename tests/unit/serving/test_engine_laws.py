@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import MASKED, Engine, Scanner, choose_provider
+from afterclick.serving.engine import MASKED, Engine, Scanner, choose_provider, session_of
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import Manifest, Publication, read_manifest
 from afterclick.serving.ranking import pick, pick_plain, rank_all
@@ -219,3 +219,21 @@ def test_publications_are_numbered_and_a_rollback_is_one(tmp_path: Path, remote:
     write_tiny_release(staged, seed=1)
     with pytest.raises(ContractError, match="already"):
         store.add(staged)
+
+
+def test_a_gpu_multiplies_with_all_bits(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32, which ONNX Runtime takes by default, has 10 bits of 23: lists would differ from a
+    CPU's.
+    """
+    asked: list[object] = []
+
+    class Recorder:
+        def __init__(self, *_: object, providers: list[object]) -> None:
+            asked.extend(providers)
+
+    monkeypatch.setattr("afterclick.serving.engine.ort.InferenceSession", Recorder)
+    session_of(folder / "query.onnx", "cuda", 1)
+    session_of(folder / "query.onnx", "cpu", 1)
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]

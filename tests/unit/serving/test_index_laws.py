@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from afterclick.serving.best import best_first, best_rows
+from afterclick.serving.blend import Context
 from afterclick.serving.engine import F32, MASKED, Scanner
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.index import SURVIVORS, WANT_MAX, TwoStageScanner
@@ -76,6 +77,52 @@ def test_bits_do_not_depend_on_the_order_in_which_rows_came() -> None:
 
     for found, expected in zip(other.top(q_BD, 70), one.top(q_BD, 70), strict=True):
         assert np.array_equal(found, expected)
+
+
+def test_the_score_of_any_row_can_be_asked_for_beside_the_best() -> None:
+    """The blend's candidates come from elsewhere: only their rows are read, and no bit depends on
+    who else asks.
+    """
+    vectors, q_BD = world()
+    scanner = TwoStageScanner(vectors)
+    exact = Scanner(vectors, provider="cpu")
+    rng = np.random.default_rng(2)
+    user, row = rng.integers(0, len(q_BD), 9000), rng.integers(0, NUM_ROWS, 9000)
+    look = scanner.look(q_BD, 70)
+    for found, expected in zip(look[:2], scanner.top(q_BD, 70), strict=True):
+        assert np.array_equal(found, expected)
+    scores = look.of(user, row)
+    # Sums of 33 products of about 1, in another order.
+    assert np.allclose(scores, exact.look(q_BD, 70).of(user, row), rtol=1e-5, atol=1e-5)
+    for at in (0, 3, 69):
+        own = user == at
+        alone = scanner.look(q_BD[at : at + 1], 70)
+        assert np.array_equal(alone.of(np.zeros(own.sum(), np.int64), row[own]), scores[own])
+
+
+def test_the_blend_lists_the_same_over_either_scan(tmp_path: Path) -> None:
+    """A row in a hundred may be missed by the model; the other sources bring most of these."""
+    write_tiny_release(tmp_path / "r1", num_items=3000, units=32, blend=True)
+    publication = Publication(number=1, release="r1", sha256=digest_of(tmp_path / "r1"))
+    lists = []
+    for scan in ("exact", "two-stage"):
+        settings = ServingSettings(provider="cpu", scan=scan)
+        loaded = LoadedRelease(publication, tmp_path / "r1", settings)
+        assert loaded.blend is not None
+        assert loaded.memory is not None
+        state_BS = np.random.default_rng(4).standard_normal((40, loaded.manifest.state_floats))
+        query_BD = loaded.engine.query(state_BS.astype(np.float32))
+        ranked = loaded.blend.rank(
+            query_BD,
+            [Context(now_ms=1 << 40)] * 40,
+            loaded.memory,
+            loaded.catalog,
+            loaded.scanner,
+            want=50,
+        )
+        lists.append([one.items for one in ranked])
+    same = [len({*one} & {*other}) / 50 for one, other in zip(*lists, strict=True)]
+    assert np.mean(same) >= 0.99
 
 
 def test_a_new_row_is_found_at_once_and_a_masked_one_no_more() -> None:
