@@ -83,18 +83,18 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         nothing = _drain_rival(stage, "do-nothing", failures)
         naive = _drain_rival(stage, "naive", failures)
         _check_naive(stage, clicks, failures)
-        _say("worker: drain")
-        drain = Drain(
-            lambda: sum(head.next for head in stage.heads()),
-            total=options.clicks,
-            warm_up=options.warm_up,
-            limit_s=300.0,
-        )
+        _say("worker with a blend: drain")
+        blended = stage.blended()
+        drain = _drain(blended)
+        with local_worker(blended.worker_env, folder):
+            blend_rate = drain.result()
+            _count(blended, failures)
+        _verify(blended, options.clicks, failures)
+        _say(f"worker with a blend: {blend_rate.clicks_per_s:.0f} clicks/s; worker: drain")
+        drain = _drain(stage)
         with local_worker(stage.worker_env, folder) as worker:
             rate = drain.result()
-            counted = sum(head.clicks for head in stage.heads())
-            if counted != options.clicks:
-                failures.append(f"worker: counted {counted} of {options.clicks} clicks")
+            _count(stage, failures)
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
             idle = latency.measure(stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds)
             ladder = {}
@@ -120,6 +120,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         _verify(stage, options.clicks + sent, failures)
     return {
         "clicks_per_s": round(rate.clicks_per_s, 1),
+        "blend_clicks_per_s": round(blend_rate.clicks_per_s, 1),
         "engine_clicks_per_s": round(engine.clicks_per_s, 1),
         "matmul_clicks_per_s": round(matmul.clicks_per_s, 1),
         "do_nothing_agent_clicks_per_s": round(nothing.clicks_per_s, 1),
@@ -129,16 +130,35 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             "engine_of_matmul": round(engine.clicks_per_s / matmul.clicks_per_s, 3),
             "end_to_end_of_do_nothing": round(rate.clicks_per_s / nothing.clicks_per_s, 3),
             "end_to_end_of_naive": round(rate.clicks_per_s / naive.clicks_per_s, 3),
+            "blend_of_plain": round(blend_rate.clicks_per_s / rate.clicks_per_s, 3),
         },
         "latency_ms": loaded,
         "idle_latency_ms": idle,
         "latency_ms_by_share": ladder,
         "timed_clicks": {
-            "end_to_end": rate.clicks, "do_nothing": nothing.clicks, "naive": naive.clicks,
+            "end_to_end": rate.clicks, "blend": blend_rate.clicks,
+            "do_nothing": nothing.clicks, "naive": naive.clicks,
         },
         "layouts": {"engine": engine.layout, "matmul": matmul.layout},
         "failures": failures,
     }  # fmt: skip
+
+
+def _drain(stage: Ground) -> Drain:
+    return Drain(
+        lambda: sum(head.next for head in stage.heads()),
+        total=stage.options.clicks,
+        warm_up=stage.options.warm_up,
+        limit_s=300.0,
+    )
+
+
+def _count(stage: Ground, failures: list[str]) -> None:
+    counted = sum(head.clicks for head in stage.heads())
+    if counted != stage.options.clicks:
+        failures.append(
+            f"{stage.keys.namespace}: counted {counted} of {stage.options.clicks} clicks"
+        )
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 ZIPF_EXPONENT = 0.9
 """Of item popularity; users are uniform, so that next to no two clicks of a chunk share a scan."""
 NAMESPACE = "bench"
+KNOWN_CLICKS, KNOWN_SEQUENCE = 15, 8
+"""What a blend knows: so many clicks an item, in sequences of so many."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +69,23 @@ class Ground(NamedTuple):
     redis: "redis.Redis"
     keys: Keys
 
+    def blended(self) -> "Ground":
+        """The same clicks for a worker whose release has a blend, in a namespace of its own."""
+        serving = msgspec.structs.replace(
+            self.serving,
+            namespace=f"{NAMESPACE}-blend",
+            releases=str(self.folder / "releases-blend"),
+        )
+        streams = msgspec.structs.replace(
+            self.streams, group="afterclick-blend", signals_topic="signals-blend"
+        )
+        create_topics(streams, partitions=self.options.partitions, replication=1)
+        publication, folder = _release(serving, self.options, blend=True)
+        return self._replace(
+            serving=serving, streams=streams, publication=publication, release_folder=folder,
+            keys=Keys(serving.namespace),
+        )  # fmt: skip
+
     def load(self, *, threads: int) -> LoadedRelease:
         """The release, for this process."""
         settings = msgspec.structs.replace(self.serving, threads=threads)
@@ -77,6 +96,8 @@ class Ground(NamedTuple):
         """Settings of the worker under test: defaults, but for where things are and K."""
         return {
             "AFTERCLICK_STREAMS__BROKER": self.streams.broker,
+            "AFTERCLICK_STREAMS__GROUP": self.streams.group,
+            "AFTERCLICK_STREAMS__SIGNALS_TOPIC": self.streams.signals_topic,
             "AFTERCLICK_SERVING__REDIS": self.serving.redis,
             "AFTERCLICK_SERVING__RELEASES": self.serving.releases,
             "AFTERCLICK_SERVING__NAMESPACE": self.serving.namespace,
@@ -113,11 +134,7 @@ def ground(options: Options, folder: Path) -> Iterator[Ground]:
             k=options.k,
             provider="cpu",
         )
-        store = ReleaseStore(serving.releases)
-        staged = store.staging("random")
-        write_tiny_release(staged, num_items=options.items, units=options.units, seed=options.seed)
-        store.add(staged)
-        publication = store.publish("random")
+        publication, release_folder = _release(serving, options, blend=False)
         client = redis.Redis.from_url(server.url)
         stack.callback(client.close)
         yield Ground(
@@ -126,17 +143,43 @@ def ground(options: Options, folder: Path) -> Iterator[Ground]:
             serving,
             streams,
             publication,
-            store.fetch("random"),
+            release_folder,
             client,
             Keys(NAMESPACE),
         )
 
 
+def _release(
+    serving: ServingSettings, options: Options, *, blend: bool
+) -> tuple[Publication, Path]:
+    """Random weights; a blend knows clicks of the same world in sequences of eight."""
+    store = ReleaseStore(serving.releases)
+    staged, log = store.staging("random"), None
+    if blend:
+        rng = np.random.default_rng([options.seed, 1])
+        num = KNOWN_CLICKS * options.items // KNOWN_SEQUENCE * KNOWN_SEQUENCE
+        start_S1 = np.arange(0, num + 1, KNOWN_SEQUENCE)
+        log = start_S1, _items(options, rng, num), np.arange(num) * 1000 + 1
+    write_tiny_release(
+        staged,
+        num_items=options.items,
+        units=options.units,
+        seed=options.seed,
+        blend=blend,
+        blend_log=log,
+    )
+    store.add(staged)
+    return store.publish("random"), store.fetch("random")
+
+
 def item_ids(options: Options, rng: np.random.Generator, num: int) -> list[str]:
     """Items as clicks draw them: Zipf."""
+    return [f"i{row:05d}" for row in _items(options, rng, num)]
+
+
+def _items(options: Options, rng: np.random.Generator, num: int) -> np.ndarray:
     weights = np.arange(1, options.items + 1) ** -ZIPF_EXPONENT
-    rows = rng.choice(options.items, size=num, p=weights / weights.sum())
-    return [f"i{row:05d}" for row in rows]
+    return rng.choice(options.items, size=num, p=weights / weights.sum())
 
 
 def backlog(options: Options, *, end_ms: int) -> list[Click]:

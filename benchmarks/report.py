@@ -54,6 +54,8 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
         f"| bare ONNX matrix product | {rate('matmul_clicks_per_s')} | |",
         f"| engine alone | {rate('engine_clicks_per_s')} | {ratio('end_to_end_of_engine')} |",
         f"| **end to end** | **{rate('clicks_per_s')}** | |",
+        f"| the same, with a blend | {rate('blend_clicks_per_s')} "
+        f"| blend ÷ none: **{ratio('blend_of_plain')}** |",
         f"| do-nothing Faust agent | {rate('do_nothing_agent_clicks_per_s')} "
         f"| {ratio('end_to_end_of_do_nothing')} |",
         f"| naive app | {rate('naive_clicks_per_s')} | {ratio('end_to_end_of_naive')} |",

@@ -5,6 +5,7 @@ Weights are large enough that states and lists move visibly with every click.
 """
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -59,9 +60,14 @@ def write_tiny_release(
     categories: int = 5,
     items: list[ItemRow] | None = None,
     blend: bool = False,
+    blend_log: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     encoder: bool = False,
 ) -> Manifest:
-    """Write a complete release into `folder`, whose name is its id."""
+    """Write a complete release into `folder`, whose name is its id.
+
+    With a `blend_log`, starts of sequences, codes and times, the blend is as large as the trainer's
+    and knows these clicks.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     if items is None:
@@ -93,7 +99,7 @@ def write_tiny_release(
     files: tuple[str, ...] = FILES
     if blend:
         manifest = msgspec.structs.replace(manifest, blend=BlendSpec(features=_BLENDED))
-        _write_blend(folder, [item.item_id for item in items], rng)
+        _write_blend(folder, [item.item_id for item in items], rng, blend_log)
         files += (BLEND_NAME, MEMORY_NAME)
     if encoder:
         spec = _write_encoder(folder, items, rng, units)
@@ -145,15 +151,24 @@ def _write_self_test(folder: Path, manifest: Manifest, rng: np.random.Generator)
     np.savez(folder / SELF_TEST_NAME, **feed, state_next=after, query=engine.query(after))
 
 
-def _write_blend(folder: Path, ids: list[str], rng: np.random.Generator) -> None:
-    """Random weights, and the memory of a thousand random moves of twenty users."""
-    width, units = len(_BLENDED), 8
+def _write_blend(
+    folder: Path,
+    ids: list[str],
+    rng: np.random.Generator,
+    log: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+) -> None:
+    """Random weights, and the memory of a log: if none, a thousand random moves of twenty users."""
+    width = len(_BLENDED)
+    units = (8, 1) if log is None else (64, 32, 1)
     layers = [
         (rng.standard_normal(shape).astype(np.float32), np.zeros(shape[1], np.float32))
-        for shape in ((width, units), (units, 1))
+        for shape in itertools.pairwise((width, *units))
     ]
     graph = blend_graph(np.zeros(width, np.float32), np.full(width, 0.3, np.float32), layers)
     onnx.save(graph, folder / BLEND_NAME)
+    if log is not None:
+        memory_of(ids, *log, per_item=256).save(folder)
+        return
     start_S1 = np.arange(0, 1001, 50)
     time_P = rng.integers(1, 1 << 40, 1000)
     memory_of(ids, start_S1, rng.integers(0, len(ids), 1000), time_P, per_item=50).save(folder)
