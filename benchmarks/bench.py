@@ -234,7 +234,9 @@ def _verify(stage: Ground, num_clicks: int, failures: list[str]) -> None:
 
 
 def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of several runs; `spread` holds lowest and highest of each rate and ratio."""
+    """Medians of several runs, histograms added up; `spread` holds lowest and highest of each rate
+    and ratio.
+    """
     result = _median(results)
     if len(results) > 1:
         flat = [{**{k: v for k, v in one.items() if k.endswith("_per_s")}, **one["ratios"]}
@@ -248,6 +250,8 @@ def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _median(values: list[Any]) -> Any:
     first = values[0]
+    if isinstance(first, list) and first and isinstance(first[0], int):
+        return [sum(numbers) for numbers in zip(*values, strict=True)]  # of a histogram
     if isinstance(first, dict):
         return {key: _median([value[key] for value in values]) for key in first}
     if isinstance(first, bool) or not isinstance(first, int | float):

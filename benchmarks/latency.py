@@ -229,7 +229,16 @@ def summary(
         "sender_lag_p99": round(float(np.percentile(lag_ms, 99)), 2),
         "sender_late_start": sent["late_start_ns"] > 0,
         "polls": seen["polls"],
+        "histogram": histogram(ms),
     }
+
+
+EDGES_MS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 2000, 5000)
+
+
+def histogram(ms: np.ndarray) -> list[int]:
+    """Clicks up to each of `EDGES_MS`, and those beyond the last one."""
+    return np.bincount(np.searchsorted(EDGES_MS, ms), minlength=len(EDGES_MS) + 1).tolist()
 
 
 def _command(key: str) -> bytes:

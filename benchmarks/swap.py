@@ -3,7 +3,7 @@
 The same live load twice on one worker, whose users all have a past: once in peace, once with
 another release published every few seconds. Each swap loads and warms beside the running release,
 rebuilds the users who click from their history, and renews the lists of those who do not. Prints
-one JSON object as the last line.
+both histograms, and one JSON object as the last line.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from afterclick.serving.releases import ReleaseStore
 from afterclick.streams.local import Worker, local_worker
 from afterclick.streams.verify import verify
 from benchmarks import latency
 from benchmarks.ground import Ground, Options, backlog, fill, ground
-from benchmarks.report import machine
+from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 
+BAR = 30
+"""Signs of the longest bar."""
 COUNTERS = ("swaps_total", "renewed_lists_total", "rebuilt_records_total", "put_off_lists_total")
 
 
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=8.0, help="seconds between publications")
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--items", type=int, default=20_000)
-    given = parser.parse_args(argv)
+    parser.add_argument("--report", action="store_true", help="write it to benchmarks/results/")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    given = parser.parse_args(arguments)
+    name_words = machine("")
+    print(f"machine: {name_words[1]}")
     options = Options(users=given.users, items=given.items, clicks=given.users * 10)
     with (
         tempfile.TemporaryDirectory(prefix="afterclick-swap-") as name,
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             after = _counters(worker)
         report = verify(stage.serving, stage.streams)
     result = {
-        "machine": machine("")[0],
+        "machine": name_words[0],
         "rate": given.rate,
         "users": options.users,
         "items": options.items,
@@ -68,8 +72,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "differences": report.differences,
         "first_difference": report.first_difference,
     }
-    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    lines = table(result)
+    tell("swap", "swap", arguments, name_words, result, lines, report=given.report)
     return 1 if report.differences or peace["unseen"] or swapped["unseen"] else 0
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Percentiles, and how many clicks waited how long, as Markdown."""
+    peace, swapped = result["peace"], result["swapped"]
+    lines = [
+        "| click → list, ms | p50 | p90 | p99 | p99.9 | max | clicks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for words, found in (
+        ("in peace", peace),
+        (f"with {result['swaps_total']} swaps", swapped),
+    ):
+        cells = " | ".join(f"{found[q]}" for q in ("p50", "p90", "p99", "p99_9", "max", "clicks"))
+        lines.append(f"| {words} | {cells} |")
+    lines += ["", "| up to, ms | in peace | with swaps |", "|---|---|---|"]
+    edges = [*(str(edge) for edge in latency.EDGES_MS), "more"]
+    rows = list(zip(edges, peace["histogram"], swapped["histogram"], strict=True))
+    last = max(at for at, (_, one, other) in enumerate(rows) if one or other)
+    most = max(*peace["histogram"], *swapped["histogram"])
+    for edge, *counts in rows[: last + 1]:
+        bars = (f"{count} {'█' * -(-count * BAR // most)}".rstrip() for count in counts)
+        lines.append(f"| {edge} | {' | '.join(bars)} |")
+    return lines
 
 
 class _Publisher(threading.Thread):

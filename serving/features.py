@@ -64,6 +64,9 @@ FEATURES = (
 TIMED = frozenset({"next_day", *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES})
 """These say nothing where a log has no times."""
 
+SPARSE = 256
+"""So many pairs of user and code for each entry are too many to be looked through."""
+
 MODEL_FLOOR = -14.0
 """Logarithm of the model's share for what is far down, or has no row."""
 
@@ -172,6 +175,12 @@ class _Slots:
 
     def distinct(self, key_E: I64, size: int, *, without: I64 | None = None) -> I64:
         """Pairs of these entries, each once, rising: marked, then read off in order."""
+        if size > SPARSE * len(key_E):  # sorting these costs less than looking through all marks
+            found: I64 = np.sort(key_E)
+            found = found[np.append(found[:-1] != found[1:], np.ones(min(len(found), 1), bool))]
+            if without is not None:
+                found = found[~np.isin(found, without)]
+            return found
         if len(self._mark) < size:
             self._mark = np.zeros(size, bool)
         mark = self._mark[:size]
@@ -179,7 +188,7 @@ class _Slots:
             mark[key_E] = True
             if without is not None:
                 mark[without] = False
-            found: I64 = np.flatnonzero(mark)
+            found = np.flatnonzero(mark)
         finally:
             mark[key_E] = False
         return found

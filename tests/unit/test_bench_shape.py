@@ -54,6 +54,14 @@ def test_latency_counts_from_the_moment_a_click_was_due() -> None:
     assert found["sender_lag_p99"] == 4.0
 
 
+def test_the_histogram_counts_every_click_once() -> None:
+    """One never seen stands beyond the last edge, one at an edge below it."""
+    found = summary(*sent_and_seen([1.0, 1.5, 2.0, 4999.0, 5001.0, None]), rate=1.0)["histogram"]
+    assert (found[0], found[1], found[-2], found[-1]) == (1, 2, 1, 2)
+    assert sum(found) == 6
+    assert _together([{"h": found, "ratios": {}}] * 2)["h"] == [2 * count for count in found]
+
+
 def test_a_percentile_is_never_below_the_share_it_names() -> None:
     """Of 1..100 ms, 1 % is slower than 99 ms."""
     found = summary(*sent_and_seen([float(ms) for ms in range(1, 101)]), rate=1.0)

@@ -187,8 +187,12 @@ def test_items_published_last_are_candidates_before_anybody_clicks(tmp_path: Pat
     assert candidates(0) == [set()] * 3
 
 
-def test_candidates_and_sums_equal_their_definition() -> None:
+@pytest.mark.parametrize("sparse", [256, 0])
+def test_candidates_and_sums_equal_their_definition(
+    sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Marks and numbers stand in a scratch that batches share: none may see what one left."""
+    monkeypatch.setattr("afterclick.serving.features.SPARSE", sparse)
     rng = np.random.default_rng(2)
     hidden = rng.random(50) < 0.2
     for num_users in (3, 5, 1, 4):
