@@ -34,7 +34,11 @@ LIMIT_USERS = 256
 STAGES: tuple[tuple[str, str, set[str]], ...] = (
     ("steps", "serving/engine.py", {"advance", "zero_state"}),
     ("query", "serving/engine.py", {"query"}),
-    ("scan, top-K", "serving/engine.py", {"top", "scores", "look", "_run", "_top"}),
+    (
+        "scan, top-K",
+        "serving/engine.py",
+        {"top", "scores", "look", "_run", "_top", "_scores_here", "_bind"},
+    ),
     ("scan, top-K", "serving/best.py", set()),
     ("steps", "serving/engine.py", set()),
     ("scan, top-K", "serving/index.py", set()),

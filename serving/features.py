@@ -9,8 +9,7 @@ newest first, C the model's best items, F features.
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,8 +72,30 @@ MODEL_FLOOR = -14.0
 _COLUMN = {name: at for at, name in enumerate(FEATURES)}
 
 
-Put = Callable[[str, npt.NDArray[np.floating]], None]
-"""Takes a feature's name and its column."""
+class Columns:
+    """Features by name; logarithms of all that want them are taken together."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._out_FR = np.zeros((len(FEATURES), num_rows), np.float32)
+        self._is_log_F = np.zeros(len(FEATURES), bool)
+
+    def __call__(self, name: str, value_R: npt.NDArray[Any]) -> None:
+        """Take a feature's column."""
+        self._out_FR[_COLUMN[name]] = value_R
+
+    def log(self, name: str, value_R: npt.NDArray[Any]) -> None:
+        """Take a column whose logarithm is the feature."""
+        self._out_FR[_COLUMN[name]] = value_R
+        self._is_log_F[_COLUMN[name]] = True
+
+    def done(self) -> F32:
+        """(R, F), column after column in memory."""
+        bounds = np.flatnonzero(np.diff(self._is_log_F, prepend=False, append=False)).tolist()
+        for begin, end in zip(bounds[::2], bounds[1::2], strict=True):
+            # Single precision, and never strided: one kernel for every place in an array.
+            part_FR = self._out_FR[begin:end]
+            np.log(part_FR, out=part_FR)
+        return self._out_FR.T
 
 
 class Past(NamedTuple):
@@ -114,13 +135,17 @@ class Pool:
                 key_R = key_R.compress(shown_R)
                 begin_B1 = np.searchsorted(key_R, bound_B1)
         self.key_R, self.begin_B1 = key_R, begin_B1
-        size_B = np.diff(begin_B1)
-        self.user_R = np.repeat(np.arange(num_users), size_B)
-        self.code_R = key_R - np.repeat(bound_B1[:-1], size_B)
+        self.size_B = begin_B1[1:] - begin_B1[:-1]
+        self.user_R = np.arange(num_users).repeat(self.size_B)
+        self.code_R = key_R - bound_B1[:-1].repeat(self.size_B)
         self._slots.put(key_R, num_users * num_codes)
 
     def __len__(self) -> int:
         return len(self.key_R)
+
+    def spread(self, value_B: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(R,) each candidate's user's value."""
+        return value_B.repeat(self.size_B)
 
     def rows(self, user_E: I64, code_E: I32 | I64) -> I32:
         """Row of each entry's pair, counted from 1; 0 where it is no candidate."""
@@ -264,29 +289,24 @@ def describe(
         published: what the catalogue says.
         timed: whether the columns of `TIMED` are wanted; else they may be zeros.
     """
-    out_FR = np.zeros((len(FEATURES), len(pool)), np.float32)
-    user_R, code_R = pool.user_R, pool.code_R
-
-    def put(name: str, value_R: npt.NDArray[np.floating]) -> None:
-        out_FR[_COLUMN[name]] = value_R
-
+    put, code_R = Columns(len(pool)), pool.code_R
     _model(put, pool, scored)
     score_R = near.of(pool.key_R)
     most_B = np.maximum(np.maximum.reduceat(np.append(score_R, 0.0), pool.begin_B1)[:-1], 1e-9)
-    put("near", _log(score_R / most_B[user_R] + 1e-3))
-    put("near_share", _log(score_R / (near.all_B + 1e-9)[user_R] + 1e-4))
+    put.log("near", score_R / pool.spread(most_B) + 1e-3)
+    put.log("near_share", score_R / pool.spread(near.all_B + 1e-9) + 1e-4)
     share_R = memory.count_N[code_R] / max(memory.moves, 1)
     _transitions(put, pool, past, memory, share_R, timed=timed)
     _repeats(put, pool, past)
-    put("popular", _log(share_R + 1e-6))
+    put.log("popular", share_R + 1e-6)
     _heats(put, pool, past, memory, timed=timed)
     if timed:
         _publication(put, pool, past, memory, published)
-    put("length", _log(1.0 + past.length_B)[user_R])
-    put("clicks", _log(1.0 + past.clicks_B)[user_R])
+    put("length", pool.spread(_log(1.0 + past.length_B)))
+    put("clicks", pool.spread(_log(1.0 + past.clicks_B)))
     idle_B = np.maximum(past.now_ms_B - past.last_ms_B, 0)
-    put("idle", np.where(past.length_B > 0, _log(1.0 + idle_B / 1000.0), 0.0)[user_R])
-    return out_FR.T
+    put("idle", pool.spread(np.where(past.length_B > 0, _log(1.0 + idle_B / 1000.0), 0.0)))
+    return put.done()
 
 
 def columns_of(names: list[str]) -> list[int]:
@@ -298,22 +318,22 @@ def columns_of(names: list[str]) -> list[int]:
     return [_COLUMN[name] for name in names]
 
 
-def _model(put: Put, pool: Pool, scored: Scored) -> None:
+def _model(put: Columns, pool: Pool, scored: Scored) -> None:
     best_BC = scored.best_BC
     top_B = best_BC[:, 0]
     mass_B = _log(np.exp(best_BC - top_B[:, None]).sum(axis=1))
-    share_R = scored.own_R - (top_B + mass_B)[pool.user_R]
+    share_R = scored.own_R - pool.spread(top_B + mass_B)
     put("model", np.clip(share_R, MODEL_FLOOR, 0.0))
     hit, row = pool.find(scored.user_E, scored.code_E)
     place_R = np.full(len(pool), best_BC.shape[1])
     place_R[row] = np.minimum(scored.place_E[hit], best_BC.shape[1])
-    put("model_rank", _log(1.0 + place_R))
+    put.log("model_rank", 1.0 + place_R)
 
 
 def _transitions(
-    put: Put, pool: Pool, past: Past, memory: Memory, share_R: F64, *, timed: bool
+    put: Columns, pool: Pool, past: Past, memory: Memory, share_R: F64, *, timed: bool
 ) -> None:
-    user_R, num_rows = pool.user_R, len(pool) + 1
+    num_rows = len(pool) + 1
     num_users = len(past.item_BL)
     last_B, second_B = past.item_BL[:, 0], past.item_BL[:, 1]
     # The last item's trail, and the newest part of those before it, in one go.
@@ -331,23 +351,23 @@ def _transitions(
     at_E, user_E, row_E = at_E[of_last], user_E[of_last], row_E[of_last]
 
     count_R = np.bincount(row_E, minlength=num_rows)[1:]
-    put("next", _log((count_R + 2 * share_R) / (size_B + 2.0)[user_R] + 1e-6))
+    put.log("next", (count_R + 2 * share_R) / pool.spread(size_B + 2.0) + 1e-6)
     new = end_B.repeat(size_B) - np.arange(len(row_E)) <= NEW
     new_R = np.bincount(row_E.compress(new), minlength=num_rows)[1:]
-    put("next_new", _log((new_R + share_R) / (np.minimum(size_B, NEW) + 1.0)[user_R] + 1e-5))
+    put.log("next_new", (new_R + share_R) / pool.spread(np.minimum(size_B, NEW) + 1.0) + 1e-5)
     if timed:
         age_E = past.now_ms_B.repeat(size_B) - memory.next.ms_A.take(at_E, mode="clip")
         fresh_E = np.exp2(-(np.maximum(age_E, 0) / (24.0 * HOUR_MS)))
         day_R = np.bincount(row_E, fresh_E, num_rows)[1:]
-        put("next_day", _log((day_R + share_R) / (_of_users(fresh_E, size_B) + 1)[user_R] + 1e-6))
+        put.log("next_day", (day_R + share_R) / pool.spread(_of_users(fresh_E, size_B) + 1) + 1e-6)
     same = memory.next.mark_A.take(at_E, mode="clip") == np.maximum(second_B, 0).repeat(size_B)
     same &= (second_B >= 0).repeat(size_B)
     pair_R = np.bincount(row_E.compress(same), minlength=num_rows)[1:]
     pair_B = np.bincount(user_E.compress(same), minlength=num_users)
-    put("pair", _log((pair_R + 1e-2) / (pair_B + 1.0)[user_R]))
-    put("pair_count", _log(1.0 + pair_B)[user_R])
+    put.log("pair", (pair_R + 1e-2) / pool.spread(pair_B + 1.0))
+    put("pair_count", pool.spread(_log(1.0 + pair_B)))
     total_B = np.where(last_B < 0, 0, memory.next.total_N[np.maximum(last_B, 0)])
-    put("last_count", _log(1.0 + total_B)[user_R])
+    put("last_count", pool.spread(_log(1.0 + total_B)))
     later_B, at_E = memory.later.newest(last_B, WINDOW)
     weight_E = _STEP_WEIGHT.take(memory.later.mark_A.take(at_E, mode="clip"))
     skip_R = count_R + pool.sums(
@@ -356,18 +376,18 @@ def _transitions(
         weight_E,
     )
     skip_B = size_B + _of_users(weight_E, later_B)
-    put("skip", _log((skip_R + 2 * share_R) / (skip_B + 2)[user_R] + 1e-6))
+    put.log("skip", (skip_R + 2 * share_R) / pool.spread(skip_B + 2) + 1e-6)
     back_B, at_E = memory.back.newest(last_B, WINDOW)
     back_R = pool.sums(
         np.arange(num_users).repeat(back_B), memory.back.item_A.take(at_E, mode="clip")
     )
-    put("back", _log((back_R + share_R) / (back_B + 1.0)[user_R] + 1e-5))
+    put.log("back", (back_R + share_R) / pool.spread(back_B + 1.0) + 1e-5)
     found_XR = np.bincount(at_older, minlength=(OLDER - 1) * num_rows)
     older_R, weight = np.zeros(len(pool)), 0.0
     for place, found_R in enumerate(found_XR.reshape(OLDER - 1, num_rows)[:, 1:]):
-        older_R += STEP_FALL**place * found_R / (size_XB[place + 1] + 2.0)[user_R]
+        older_R += STEP_FALL**place * found_R / pool.spread(size_XB[place + 1] + 2.0)
         weight += STEP_FALL**place
-    put("older", _log(older_R / weight + 1e-4))
+    put.log("older", older_R / weight + 1e-4)
 
 
 def _of_users(weight_E: F64, size_B: I64) -> F64:
@@ -379,7 +399,7 @@ def _of_users(weight_E: F64, size_B: I64) -> F64:
     return sum_B
 
 
-def _repeats(put: Put, pool: Pool, past: Past) -> None:
+def _repeats(put: Columns, pool: Pool, past: Past) -> None:
     # From the oldest to the newest, so that the newest place of an item is written last.
     user_E, back_E = np.nonzero(past.item_BL[:, ::-1] >= 0)
     place_E = past.item_BL.shape[1] - 1 - back_E
@@ -389,17 +409,17 @@ def _repeats(put: Put, pool: Pool, past: Past) -> None:
     for place, name in enumerate(("is_last", "is_second", "is_third")):
         put(name, (ago_R == place).astype(np.float32))
     put("is_older", np.where(ago_R > 2, 1.0 / _log(np.maximum(ago_R, 2) + 0.0), 0.0))
-    put("times", _log(1.0 + np.bincount(row, minlength=len(pool))))
+    put.log("times", 1.0 + np.bincount(row, minlength=len(pool)))
     known_BL = past.item_BL >= 0
     same_BLL = past.item_BL[:, :, None] == past.item_BL[:, None, :]
     again_BL = (same_BLL & _LATER_LL).any(axis=2) & known_BL
     repeats_B = again_BL.sum(axis=1) / np.maximum(past.length_B, 1)
-    put("repeats", repeats_B[pool.user_R])
+    put("repeats", pool.spread(repeats_B))
 
 
-def _heats(put: Put, pool: Pool, past: Past, memory: Memory, *, timed: bool) -> None:
+def _heats(put: Columns, pool: Pool, past: Past, memory: Memory, *, timed: bool) -> None:
     code_R = pool.code_R
-    now_R = past.now_ms_B[pool.user_R]
+    now_R = pool.spread(past.now_ms_B)
     num_timed = len(HALF_LIVES_MS)
     now_BH = np.empty((len(past.now_ms_B), num_timed + 1), np.int64)
     now_BH[:, :-1] = past.now_ms_B[:, None] * TICKS // np.array(HALF_LIVES_MS)
@@ -408,39 +428,44 @@ def _heats(put: Put, pool: Pool, past: Past, memory: Memory, *, timed: bool) -> 
     spent_BH = np.maximum(now_BH - memory.total_tick_H, 0) * _LOG_TICK
     all_BH = np.maximum(np.log(memory.total_heat_H + 1.0) - spent_BH, 0.0).astype(np.float32)
     columns = slice(0 if timed else num_timed, num_timed + 1)
-    size_B = np.diff(pool.begin_B1)
-    now_RH = np.repeat(now_BH[:, columns], size_B, axis=0)
+    now_RH = now_BH[:, columns].repeat(pool.size_B, axis=0)
     age_RH = np.maximum(now_RH - memory.tick_NH.take(code_R, axis=0, mode="clip")[:, columns], 0)
     own_RH = memory.log_heat_NH.take(code_R, axis=0, mode="clip")[:, columns]
     own_RH = np.maximum(own_RH - age_RH.astype(np.float32) * _LOG_TICK, np.float32(-7.0))
-    own_RH -= np.repeat(all_BH[:, columns], size_B, axis=0)
+    own_RH -= all_BH[:, columns].repeat(pool.size_B, axis=0)
     for name, own_R in zip(_HEATS[columns], own_RH.T, strict=True):
         put(name, own_R)
     if not timed:
         return
-    put("untouched", _age(now_R - memory.last_ms_N[code_R], memory.count_N[code_R]))
-    put("age", _age(now_R - memory.first_ms_N[code_R], memory.count_N[code_R]))
+    never_R = memory.count_N.take(code_R, mode="clip") == 0
+    put("untouched", _age(now_R - memory.last_ms_N.take(code_R, mode="clip"), never_R))
+    put("age", _age(now_R - memory.first_ms_N.take(code_R, mode="clip"), never_R))
 
 
-def _publication(put: Put, pool: Pool, past: Past, memory: Memory, published: Published) -> None:
-    code_R, user_R = pool.code_R, pool.user_R
+def _publication(
+    put: Columns, pool: Pool, past: Past, memory: Memory, published: Published
+) -> None:
+    code_R = pool.code_R
     ms_R = published.ms_N[code_R]
     known_R = ms_R > 0
-    age_R = np.maximum(past.now_ms_B[user_R] - ms_R, 0) / HOUR_MS
+    age_R = np.maximum(pool.spread(past.now_ms_B) - ms_R, 0) / HOUR_MS
     put("published", np.where(known_R, _log(age_R + 0.1), 12.0))
     last_B = past.item_BL[:, 0]
     last_ms_B = np.where(last_B >= 0, published.ms_N[np.maximum(last_B, 0)], 0)
-    gap_R = (ms_R - last_ms_B[user_R]) / HOUR_MS
-    gap_R = np.where(known_R & (last_ms_B[user_R] > 0), gap_R, 0.0)
+    last_ms_R = pool.spread(last_ms_B)
+    gap_R = (ms_R - last_ms_R) / HOUR_MS
+    gap_R = np.where(known_R & (last_ms_R > 0), gap_R, 0.0)
     put("published_gap", np.sign(gap_R) * _log(1.0 + np.abs(gap_R)))
     out_B = np.searchsorted(published.sorted_ms, past.now_ms_B, side="right")
-    newer_R = out_B[user_R] - np.searchsorted(published.sorted_ms, ms_R, side="right")
+    newer_R = pool.spread(out_B) - np.searchsorted(published.sorted_ms, ms_R, side="right")
     put("newer", np.where(known_R, _log(1.0 + np.maximum(newer_R, 0)), 12.0))
     put("unclicked", (memory.count_N[code_R] == 0).astype(np.float32))
 
 
-def _age(ms_R: I64, count_R: I64) -> F64:
-    return np.where(count_R > 0, _log(1.0 + np.maximum(ms_R, 0) / 60_000.0), 12.0)
+def _age(ms_R: I64, never_R: npt.NDArray[np.bool_]) -> npt.NDArray[np.floating]:
+    age_R = _log(1.0 + np.maximum(ms_R, 0) / 60_000.0)
+    age_R[never_R] = 12.0
+    return age_R
 
 
 def _log(value: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
