@@ -24,6 +24,7 @@ from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, I64, MASKED, Look, Provider, Scanner, session_of
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import (
+    REACH_FEATURES,
     RECENT,
     TIMED,
     Past,
@@ -250,7 +251,10 @@ def gather(
     own_R = np.where(row_R < 0, MASKED, look.of(pool.user_R, np.maximum(row_R, 0)))
     scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
     timed = not TIMED.isdisjoint(spec.features)
-    feature_RF = describe(pool, past, memory, scored, near, rows.published, timed=timed)
+    reach = not set(REACH_FEATURES).isdisjoint(spec.features)
+    feature_RF = describe(
+        pool, past, memory, scored, near, rows.published, timed=timed, reach=reach
+    )
     if not tell_sources:
         return Candidates(pool, feature_RF)
     return Candidates(pool, np.ascontiguousarray(feature_RF), _sources(pool, keys))

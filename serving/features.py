@@ -34,6 +34,12 @@ OLDER_NEWEST = 128
 STEP_FALL = 0.6
 """Weight of a transition for every further step between its two items."""
 
+REACH = 6
+"""Places of the past that `reach` follows, as far as the trails of items tell."""
+
+REACH_NEWEST = 96
+"""Newest entries that it reads of each place, of either trail."""
+
 NEW = 32
 """Newest transitions that `next_new` counts."""
 
@@ -41,7 +47,14 @@ _HEATS = ("heat_30m", "heat_2h", "heat_6h", "heat_24h", "heat_72h", "heat_moves"
 
 MODEL_FEATURES = ("model", "model_rank")
 NEIGHBOUR_FEATURES = ("near", "near_share")
-TRANSITION_FEATURES = ("next", "next_new", "skip", "older", "back", "pair", "next_day")
+REACH_FEATURES = ("reach", "reach_day")
+"""What came within three steps after any of the last items, and of that what is a day old or less:
+for streams whose items change by the hour; elsewhere the neighbours say as much.
+"""
+TRANSITION_FEATURES = (
+    *("next", "next_new", "skip", "older", "back", "pair", "next_day"),
+    *REACH_FEATURES,
+)
 REPEAT_FEATURES = ("is_last", "is_second", "is_third", "is_older", "times")
 POPULARITY_FEATURES = ("popular", *_HEATS, "untouched", "age")
 PUBLICATION_FEATURES = ("published", "published_gap", "newer", "unclicked")
@@ -60,7 +73,9 @@ FEATURES = (
     *CONTEXT_FEATURES,
 )
 
-TIMED = frozenset({"next_day", *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES})
+TIMED = frozenset(
+    {"next_day", *REACH_FEATURES, *_HEATS[:-1], "untouched", "age", "idle", *PUBLICATION_FEATURES}
+)
 """These say nothing where a log has no times."""
 
 SPARSE = 256
@@ -277,6 +292,7 @@ def describe(
     published: Published,
     *,
     timed: bool = True,
+    reach: bool = True,
 ) -> F32:
     """(R, F) all features of all candidates, in the order of `FEATURES`; column after column.
 
@@ -288,6 +304,7 @@ def describe(
         near: what the session neighbours say.
         published: what the catalogue says.
         timed: whether the columns of `TIMED` are wanted; else they may be zeros.
+        reach: the same for the columns of `REACH_FEATURES`.
     """
     put, code_R = Columns(len(pool)), pool.code_R
     _model(put, pool, scored)
@@ -297,6 +314,8 @@ def describe(
     put.log("near_share", score_R / pool.spread(near.all_B + 1e-9) + 1e-4)
     share_R = memory.count_N[code_R] / max(memory.moves, 1)
     _transitions(put, pool, past, memory, share_R, timed=timed)
+    if reach:
+        _reach(put, pool, past, memory)
     _repeats(put, pool, past)
     put.log("popular", share_R + 1e-6)
     _heats(put, pool, past, memory, timed=timed)
@@ -388,6 +407,34 @@ def _transitions(
         older_R += STEP_FALL**place * found_R / pool.spread(size_XB[place + 1] + 2.0)
         weight += STEP_FALL**place
     put.log("older", older_R / weight + 1e-4)
+
+
+def _reach(put: Columns, pool: Pool, past: Past, memory: Memory) -> None:
+    num_users = len(past.item_BL)
+    # Place after place, so that no sum depends on who else is asked for.
+    owner_X = past.item_BL[:, :REACH].T.ravel()
+    user_X = np.tile(np.arange(num_users), REACH)
+    trails = []
+    all_X, all_day_X = np.zeros(len(owner_X)), np.zeros(len(owner_X))
+    for trail, weight_of_mark in ((memory.next, None), (memory.later, _STEP_WEIGHT)):
+        count_X, at_E = trail.newest(owner_X, REACH_NEWEST)
+        age_E = past.now_ms_B[user_X].repeat(count_X) - trail.ms_A.take(at_E, mode="clip")
+        weight_E = np.ones(len(at_E))
+        if weight_of_mark is not None:
+            weight_E = weight_of_mark.take(trail.mark_A.take(at_E, mode="clip"))
+        fresh_E = weight_E * np.exp2(-(np.maximum(age_E, 0) / (24.0 * HOUR_MS)))
+        row_E = pool.rows(user_X.repeat(count_X), trail.item_A.take(at_E, mode="clip"))
+        trails.append((count_X, row_E, weight_E, fresh_E))
+        all_X += _of_users(weight_E, count_X)
+        all_day_X += _of_users(fresh_E, count_X)
+    fall_X = (STEP_FALL ** np.arange(REACH)).repeat(num_users)
+    own_X, own_day_X = fall_X / (all_X + 1.0), fall_X / (all_day_X + 0.3)
+    plain_R1, day_R1 = np.zeros(len(pool) + 1), np.zeros(len(pool) + 1)
+    for count_X, row_E, weight_E, fresh_E in trails:
+        plain_R1 += np.bincount(row_E, weight_E * own_X.repeat(count_X), len(plain_R1))
+        day_R1 += np.bincount(row_E, fresh_E * own_day_X.repeat(count_X), len(day_R1))
+    put.log("reach", plain_R1[1:] + 1e-3)
+    put.log("reach_day", day_R1[1:] + 1e-3)
 
 
 def _of_users(weight_E: F64, size_B: I64) -> F64:

@@ -203,8 +203,15 @@ class Memory:
         if due < len(item_M):
             self._count(item_M[due:], ms_M[due:], before_M3[due:])
 
-    def index(self, start_S1: I64, item_P: I64, per_item: int) -> None:
-        """Take past sessions, oldest first, as neighbours (see `index_sessions`)."""
+    def index(self, start_S1: I64, item_P: I64, time_P: I64 | None, per_item: int) -> None:
+        """Take a log's sequences as neighbours (see `index_sessions`), those that ended last as the
+        newest ones; without times they stand in order.
+        """
+        if time_P is not None and len(time_P):
+            order = np.argsort(np.maximum.reduceat(time_P, start_S1[:-1]), kind="stable")
+            size_S = np.diff(start_S1)[order]
+            item_P = item_P[ranges(start_S1[:-1][order], size_S)]
+            start_S1 = np.concatenate([[0], np.cumsum(size_S)])
         self.neighbours = Lookup(index_sessions(start_S1, item_P, self.num_items, per_item))
 
     def heat(self, code_E: I64, now_ms: int) -> F64:
@@ -336,12 +343,7 @@ def memory_of(
     item_M, ms_M, before_M3 = moves_of(start_S1, item_P, time_P)
     memory = Memory(ids, half_life_moves=max(256, math.ceil(len(item_M) * HALF_LIFE_SHARE)))
     memory.take(item_M, ms_M, before_M3)
-    if time_P is not None and len(time_P):
-        order = np.argsort(np.maximum.reduceat(time_P, start_S1[:-1]), kind="stable")
-        size_S = np.diff(start_S1)[order]
-        item_P = item_P[ranges(start_S1[:-1][order], size_S)]
-        start_S1 = np.concatenate([[0], np.cumsum(size_S)])
-    memory.index(start_S1, item_P, per_item)
+    memory.index(start_S1, item_P, time_P, per_item)
     return memory
 
 

@@ -10,7 +10,7 @@ features, U units, P positions, D scan vector.
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from afterclick.serving import features
 from afterclick.serving.blend import SOURCES, Candidates, Context, Rows, gather, rows_of
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, I64, Scanner
-from afterclick.serving.features import FEATURES, TIMED, columns_of
+from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED, columns_of
 from afterclick.serving.manifest import BlendSpec
 from afterclick.serving.memory import Memory
 from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_interaction
@@ -99,6 +99,14 @@ class Knowledge(NamedTuple):
     memory: Memory
     catalog: Catalog
     scanner: Scanner
+
+
+class Stage(NamedTuple):
+    """Questions that one model and one session index answer."""
+
+    asked: Asked
+    knowledge: Knowledge
+    """Its memory is that of all stages."""
 
 
 class Scorer(NamedTuple):
@@ -220,38 +228,42 @@ def asked_of(
 
 
 def fit_blend(
-    asked: Asked,
-    knowledge: Knowledge,
+    stages: Iterable[Stage],
+    num: int,
     settings: TrainingSettings,
     *,
     arrivals: Arrivals | None = None,
+    timed: bool = True,
 ) -> Fitted:
     """Fit, judge, and fit again on everything.
 
     Args:
-        asked: the validation part, in order of time where the memory is live.
-        knowledge: memory of the training part; a live one has moved on when this returns.
+        stages: predictions, stage after stage in order of time where the memory is live.
+        num: of the predictions.
         settings: of the run.
         arrivals: moves that the memory takes in as time goes on, in order of time; None freezes it.
+            A live memory has moved on when this returns.
+        timed: whether there are times.
     """
-    names = [name for name in FEATURES if asked.time_X is not None or name not in TIMED]
+    names = [name for name in FEATURES if timed or name not in TIMED]
     spec = BlendSpec(features=names, sessions=settings.blend_sessions)
     if arrivals is not None:
         older, touched, newest = LIVE
         spec = msgspec.structs.replace(spec, older=older, touched=touched, newest=newest)
+    else:
+        spec.features[:] = [name for name in names if name not in REACH_FEATURES]
     rng = np.random.default_rng([settings.seed, 1])
-    num = len(asked.target_X)
-    is_late_X = np.zeros(num, bool)
-    is_late_X[_order(asked)[num - max(1, round(num * JUDGED)) :]] = True
+    late_from = num - max(1, round(num * JUDGED))
     examples = _Examples(
         np.zeros((num, 1 + NEGATIVES, len(FEATURES)), np.float16),
         np.zeros((num, 1 + NEGATIVES), np.uint8),
     )
     judged: list[_Judged] = []
     model_ranks: list[int] = []
-    for number, target, own, source_R, codes in _described(asked, knowledge, spec, arrivals):
+    described = _described(stages, spec, arrivals)
+    for place, (_, target, own, source_R, codes) in enumerate(described):
         at = np.flatnonzero(codes == target)
-        if is_late_X[number]:
+        if place >= late_from:
             # Exact as far as `spec.model`: whatever the model ranks above a target is a candidate.
             score_R = own[:, columns_of(["model"])[0]]
             model_ranks.append(int((score_R >= score_R[at[0]]).sum()) if len(at) else MISS)
@@ -259,19 +271,19 @@ def fit_blend(
         if len(at):
             others = rng.permutation(len(codes))[: NEGATIVES + 1]
             rows = np.concatenate([at, others[others != at[0]][:NEGATIVES]])
-            examples.feature_XKF[number, : len(rows)] = own[rows]
-            examples.source_XK[number, : len(rows)] = source_R[rows]
+            examples.feature_XKF[place, : len(rows)] = own[rows]
+            examples.source_XK[place, : len(rows)] = source_R[rows]
     wanted: dict[str, tuple[str, ...]] = {"blend": (), "blend_without_model": WITHOUT["model"]}
     if settings.blend_ablations:
         wanted |= {f"blend_without_{name}": left_out for name, left_out in WITHOUT.items()}
     nets, scorers = {}, {}
     rates_by = {"model_judged": rates(np.array(model_ranks, np.int64))}
     for row, left_out in wanted.items():
-        columns = columns_of([name for name in names if name not in left_out])
+        columns = columns_of([name for name in spec.features if name not in left_out])
         sources = sum(
             1 << bit for bit, source in enumerate(SOURCES) if WITHOUT.get(source) != left_out
         )
-        early = _fit_one(examples, np.flatnonzero(~is_late_X), columns, sources, settings)
+        early = _fit_one(examples, np.arange(late_from), columns, sources, settings)
         rates_by[row] = rates(_judge(early, columns, sources, judged))
         nets[row] = _fit_one(examples, np.arange(num), columns, sources, settings)
         scorers[row] = Scorer(partial(_score, nets[row], columns), sources)
@@ -293,7 +305,8 @@ def blend_rankings(
         name: Ranking(np.full(num, MISS), np.full((num, LIST), NOTHING, np.int64))
         for name in scorers
     }
-    for number, target, own, source_R, codes in _described(asked, knowledge, spec, arrivals):
+    described = _described([Stage(asked, knowledge)], spec, arrivals)
+    for number, target, own, source_R, codes in described:
         for name, scorer in scorers.items():
             kept = np.flatnonzero(source_R & scorer.sources)
             score_R = scorer.scores(own[kept])
@@ -318,31 +331,35 @@ def graph_of(net: Net) -> bytes:
 
 
 def _described(
-    asked: Asked, knowledge: Knowledge, spec: BlendSpec, arrivals: Arrivals | None
+    stages: Iterable[Stage], spec: BlendSpec, arrivals: Arrivals | None
 ) -> Iterator[tuple[int, int, F32, npt.NDArray[np.uint8], I64]]:
-    """Number, target, features, sources and codes of every prediction's candidates."""
-    memory, catalog, scanner = knowledge
-    order = _order(asked)
-    taken, rows = 0, rows_of(memory, catalog)
+    """Number, target, features, sources and codes of every prediction's candidates.
+
+    Numbers count on from stage to stage; within one they come in order of time.
+    """
     size = USERS if arrivals is None else USERS_LIVE
-    for begin in range(0, len(order), size):
-        part = order[begin : begin + size]
-        if arrivals is not None and asked.time_X is not None:
-            until = int(np.searchsorted(arrivals[1], asked.time_X[part[0]]))
-            memory.take(*(column[taken:until] for column in arrivals))
-            taken = max(taken, until)
-        found = _candidates(asked, part, memory, rows, scanner, spec)
-        pool, source_R = found.pool, found.source_R
-        assert source_R is not None
-        for at, number in enumerate(part.tolist()):
-            own = slice(pool.begin_B1[at], pool.begin_B1[at + 1])
-            yield (
-                number,
-                int(asked.target_X[number]),
-                found.feature_RF[own],
-                source_R[own],
-                pool.code_R[own],
-            )
+    taken, first = 0, 0
+    for asked, (memory, catalog, scanner) in stages:
+        order, rows = _order(asked), rows_of(memory, catalog)
+        for begin in range(0, len(order), size):
+            part = order[begin : begin + size]
+            if arrivals is not None and asked.time_X is not None:
+                until = int(np.searchsorted(arrivals[1], asked.time_X[part[0]]))
+                memory.take(*(column[taken:until] for column in arrivals))
+                taken = max(taken, until)
+            found = _candidates(asked, part, memory, rows, scanner, spec)
+            pool, source_R = found.pool, found.source_R
+            assert source_R is not None
+            for at, number in enumerate(part.tolist()):
+                own = slice(pool.begin_B1[at], pool.begin_B1[at + 1])
+                yield (
+                    first + number,
+                    int(asked.target_X[number]),
+                    found.feature_RF[own],
+                    source_R[own],
+                    pool.code_R[own],
+                )
+        first += len(order)
 
 
 def _order(asked: Asked) -> I64:

@@ -18,18 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.manifest import Compression, ItemRow, ItemTable, Manifest
-from afterclick.serving.memory import Memory, memory_of, moves_of
+from afterclick.serving.manifest import Compression, ItemRow, Manifest
+from afterclick.serving.memory import Memory, memory_of
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.training import peers
 from afterclick.training.baselines import evaluate_baselines
 from afterclick.training.blending import (
     PREDICTIONS_MIN,
-    Knowledge,
+    Stage,
     asked_of,
     blend_rankings,
     fit_blend,
@@ -37,7 +35,6 @@ from afterclick.training.blending import (
 from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.cells import EXPORTED
 from afterclick.training.data import (
-    I64,
     UNKNOWN,
     Columns,
     Held,
@@ -58,6 +55,7 @@ from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
 from afterclick.training.text import Content, content_of
+from afterclick.training.walk import World, knowledge_of, walk
 from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
@@ -371,9 +369,34 @@ def _blend(
     )
     # Of tails, what comes later in one sequence comes before the tail of another.
     live = live and data.train.time_P is not None and settings.split != "tails"
-    arrivals = _arrivals(data) if live else None
-    if arrivals is not None:
-        held, asked = _with_first_clicks(held), _with_first_clicks(asked)
+    if live:
+        world = World(data.everything, data.item_ids, source.items, data.content)
+        steps = walk(world, settings, history=serving.history, filter_seen=serving.filter_seen)
+        try:
+            blend = fit_blend(steps.stages, steps.num, settings, arrivals=steps.arrivals)
+        except ContractError as error:
+            if error.reason != "no-transitions" or settings.blend == "on":
+                raise
+            log.info("no blend: before its predictions no user has two clicks")
+            return None
+    else:
+        question = _validation_question(source, data, held, asked, fitted, settings, serving)
+        timed = question.asked.time_X is not None
+        blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
+    teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
+    return blend
+
+
+def _validation_question(
+    source: Source,
+    data: Data,
+    held: Held,
+    asked: Held,
+    fitted: Fitted,
+    settings: TrainingSettings,
+    serving: ServingSettings,
+) -> Stage:
+    """What was held out, asked of the best epoch's model and the memory of the training part."""
     model = fitted.model
     final = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(fitted.validation_state)
@@ -385,44 +408,13 @@ def _blend(
     question = asked_of(
         asked, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
     )
-    blend = fit_blend(question, _knowledge(memory, tables), settings, arrivals=arrivals)
-    teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
-    return blend
+    return Stage(question, knowledge_of(memory, tables.rows, tables))
 
 
 def _memory(part: Sequences, data: Data, settings: TrainingSettings) -> Memory:
     return memory_of(
         data.item_ids, part.start_S1, part.item_P, part.time_P, per_item=settings.blend_sessions
     )
-
-
-def _arrivals(data: Data) -> tuple[I64, I64, I64]:
-    """Moves of the validation part, in order of time."""
-    everything, train = data.everything, data.train
-    assert everything.time_P is not None
-    assert train.time_P is not None
-    moves = moves_of(everything.start_S1, everything.item_P, everything.time_P)
-    if np.sort(everything.time_P)[: train.num_events].max() == train.time_P.max():
-        later = slice(train.num_events, None)
-        return moves[0][later], moves[1][later], moves[2][later]
-    assert data.asked is not None  # whole sequences were held out, while others went on
-    held = data.asked.sequences
-    return moves_of(held.start_S1, held.item_P, held.time_P)
-
-
-def _with_first_clicks(held: Held) -> Held:
-    """Newcomers, too, are asked for: their lists are the blend's, from nothing but the memory."""
-    sequences, target_P = held.sequences, held.target_P.copy()
-    assert sequences.time_P is not None
-    first_S = sequences.start_S1[:-1]
-    target_P[first_S[sequences.time_P[first_S] >= sequences.time_P[target_P].min()]] = True
-    return Held(sequences, target_P)
-
-
-def _knowledge(memory: Memory, tables: Tables) -> Knowledge:
-    catalog = Catalog(ItemTable(items=tables.rows), tables.step_ND, tables.scan_ND)
-    scanner = Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1)
-    return Knowledge(memory, catalog, scanner)
 
 
 def _test(
@@ -465,7 +457,9 @@ def _test(
         asked = asked_of(
             held, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
         )
-        own = blend_rankings(asked, _knowledge(memory, tables), blend.spec, blend.scorers)
+        own = blend_rankings(
+            asked, knowledge_of(memory, tables.rows, tables), blend.spec, blend.scorers
+        )
     tested = {**_rates(own), "model": rates(rank_X), **_rates(baselines)}
     teller.stage("test", **_flat(tested))
     return tested

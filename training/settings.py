@@ -174,8 +174,14 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """
 
     blend_memory: Literal["auto", "frozen", "live"] = "auto"
-    """The memory that the blend is fitted with: that of the training part, or one that takes in the
-    validation part as time goes on. `auto` is live where clicks come from a topic.
+    """The memory that the blend is fitted with. `frozen`: that of the training part, asked about
+    the validation part. `live`: one that takes clicks in as time goes on, asked about the newest
+    `blend_events_max`. `auto` is live where clicks come from a topic.
+    """
+
+    blend_events_max: Annotated[int, Meta(ge=200)] = 50_000
+    """Predictions that the blend is fitted on where the memory is live, in at most 70% of the log;
+    for these a model is trained on what came before them, and goes on learning in between.
     """
 
     blend_units: Annotated[int, Meta(ge=1, le=1024)] = 64

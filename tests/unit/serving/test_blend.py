@@ -236,6 +236,43 @@ def test_the_neighbours_best_are_those_of_a_full_sort() -> None:
             assert [key for key in best if key // 900 == at] == expected
 
 
+def test_reach_equals_its_definition(loaded: LoadedRelease) -> None:
+    """What came within three steps after the last six items, counted one by one."""
+    memory = loaded.memory
+    assert memory is not None
+    rng, start_ms = np.random.default_rng(5), memory.clock_ms
+    hashes = [item_hash(item_id) for item_id in memory.ids]
+    for at in range(900):
+        before = tuple(hashes[code] for code in rng.integers(0, 12, rng.integers(0, 4)))
+        item = memory.ids[int(rng.integers(0, 12))]
+        memory.absorb([Move(item, 2, start_ms + at * HOUR_MS // 8, before)])
+    now_ms = memory.clock_ms + HOUR_MS
+    past = rng.integers(0, 12, 9)
+    packed = [pack_interaction(Interaction(hashes[code], 1, 2, 3, 4, False)) for code in past]
+    context = Context(b"".join(packed), 9, now_ms, now_ms)
+    spec = loaded.manifest.blend
+    assert spec is not None
+    query_BD = loaded.engine.query(loaded.engine.zero_state(1))
+    rows = rows_of(memory, loaded.catalog)
+    found = gather(spec, query_BD, [context], memory, rows, loaded.scanner, 20)
+
+    plain_N, day_N = np.zeros(memory.num_items), np.zeros(memory.num_items)
+    for place, code in enumerate(past[::-1][:6]):
+        entries = []
+        for trail in (memory.next, memory.later):
+            for at in trail.find(np.array([code]), 96)[1]:
+                weight = 1.0 if trail is memory.next else 0.6 ** (trail.mark_A[at] - 1.0)
+                fresh = weight * 0.5 ** ((now_ms - trail.ms_A[at]) / (24 * HOUR_MS))
+                entries.append((trail.item_A[at], weight, fresh))
+        for item, weight, fresh in entries:
+            plain_N[item] += 0.6**place * weight / (sum(w for _, w, _ in entries) + 1.0)
+            day_N[item] += 0.6**place * fresh / (sum(f for _, _, f in entries) + 0.3)
+    for name, wanted_N in (("reach", plain_N), ("reach_day", day_N)):
+        own_R = found.feature_RF[:, FEATURES.index(name)]
+        assert np.allclose(own_R, np.log(wanted_N[found.pool.code_R] + 1e-3), atol=1e-4)
+        assert len(set(own_R.tolist())) > 10
+
+
 def test_rows_after_changes_are_those_of_a_fresh_look(loaded: LoadedRelease) -> None:
     """Items come, hide, move in time, and the memory learns of strangers, in any order."""
     assert loaded.blend is not None

@@ -10,12 +10,14 @@ import pytest
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError
+from afterclick.serving.features import REACH_FEATURES
 from afterclick.serving.manifest import BLEND_NAME, MEMORY_NAME, ItemRow, ItemTable
 from afterclick.serving.memory import memory_of, moves_of
 from afterclick.training.blending import (
     USERS_LIVE,
     Asked,
     Knowledge,
+    Stage,
     asked_of,
     blend_rankings,
     fit_blend,
@@ -107,7 +109,9 @@ def question(seed: int = 0) -> tuple[Asked, Knowledge, tuple, int]:
 def test_a_live_memory_knows_no_click_that_has_not_come_yet() -> None:
     """A move that was absorbed before its own prediction would be a leak, and a triumph."""
     asked, knowledge, arrivals, before = question()
-    blend = fit_blend(asked, knowledge, quick(blend_epochs=2), arrivals=arrivals)
+    num = len(asked.target_X)
+    settings = quick(blend_epochs=2)
+    blend = fit_blend([Stage(asked, knowledge)], num, settings, arrivals=arrivals)
     assert asked.time_X is not None
     newest = np.sort(asked.time_X)[(len(asked.time_X) - 1) // USERS_LIVE * USERS_LIVE]
     assert knowledge.memory.moves - before == (arrivals[1] < newest).sum()
@@ -117,9 +121,13 @@ def test_a_live_memory_knows_no_click_that_has_not_come_yet() -> None:
 def test_a_prediction_is_ranked_whoever_else_is_asked() -> None:
     """One at a time or all at once, and the same network twice: the same ranks."""
     asked, knowledge, _, _ = question()
-    blend = fit_blend(asked, knowledge, quick(blend_epochs=2))
-    again = fit_blend(asked, knowledge, quick(blend_epochs=2))
+    stages, num = [Stage(asked, knowledge)], len(asked.target_X)
+    blend = fit_blend(stages, num, quick(blend_epochs=2))
+    again = fit_blend(stages, num, quick(blend_epochs=2))
     assert msgspec.json.encode(blend.judged) == msgspec.json.encode(again.judged)
+    assert not set(REACH_FEATURES) & set(blend.spec.features), (
+        "a frozen memory does not pay for them"
+    )
     whole = blend_rankings(asked, knowledge, blend.spec, blend.scorers)["blend"]
     for number in range(5):
         own = slice(number, number + 1)
