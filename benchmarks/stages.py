@@ -42,7 +42,11 @@ STAGES: tuple[tuple[str, str, set[str]], ...] = (
     ("scan, top-K", "serving/best.py", set()),
     ("steps", "serving/engine.py", set()),
     ("scan, top-K", "serving/index.py", set()),
-    ("blend", "serving/blend.py", set()),
+    ("blend: neighbours", "serving/neighbours.py", set()),
+    ("blend: features", "serving/features.py", set()),
+    ("blend: network", "serving/blend.py", {"scores"}),
+    ("blend: the rest", "serving/blend.py", set()),
+    ("signals", "serving/memory.py", set()),
     ("list order", "serving/ranking.py", set()),
     ("list JSON", "serving/records.py", {"encode_list", "stamp_list"}),
     ("records", "serving/records.py", set()),
@@ -146,9 +150,12 @@ def limits(stage: Ground) -> dict[str, float]:
     return found
 
 
-def profile(options: Options, folder: Path, *, seconds: float, out: Path) -> dict[str, Any]:
+def profile(
+    options: Options, folder: Path, *, seconds: float, out: Path, blend: bool = False
+) -> dict[str, Any]:
     """Shares of a draining worker's CPU, and the limits."""
     with ground(options, folder) as stage:
+        stage = stage.blended() if blend else stage
         fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
         with local_worker(stage.worker_env, folder) as worker:
             while (begun := _applied(stage)) < options.warm_up:
@@ -220,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clicks", type=int, default=120_000, help="backlog that is drained")
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--blend", action="store_true", help="with a release that has a blend")
     parser.add_argument("--out", type=Path, default=Path("var/profile.svg"), help="flame graph")
     parser.add_argument("--report", action="store_true", help="write it to benchmarks/results/")
     parser.add_argument(
@@ -238,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="afterclick-profile-") as folder:
         result = {
             "machine": name,
-            **profile(options, Path(folder), seconds=given.seconds, out=given.out),
+            **profile(
+                options, Path(folder), seconds=given.seconds, out=given.out, blend=given.blend
+            ),
         }
     lines = table(result)
     print(f"flame graph: {given.out}")
