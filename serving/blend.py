@@ -8,6 +8,7 @@ batch. Shape letters: B users, D scan vector, C the model's best rows, R candida
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +40,14 @@ from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import UNKNOWN, Memory
 from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
 from afterclick.serving.records import INTERACTION_BYTES, item_hash
+from afterclick.serving.together import Together
 from afterclick.serving.trails import place_in_group, ranges
 
 USERS_MAX = 64
 """Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
+
+SHARED_USERS_MAX = 32
+"""Smaller batches that are asked for at the same time become one."""
 
 PAIRS_MAX = 1 << 24
 """Pairs of user and item at once: a scratch of 128 MB."""
@@ -136,15 +141,21 @@ class Blend:
             want: items per list; fewer where there are not so many candidates.
             drops: per user, hashes of items left out.
         """
-        rows = self.rows(memory, catalog)
+        asked = _Asked(self, query_BD, contexts, memory, catalog, scanner, want, drops)
+        if len(query_BD) >= SHARED_USERS_MAX:
+            return self._ranked(asked)
+        return _TOGETHER.ask(asked)
+
+    def _ranked(self, asked: "_Asked") -> list[Ranked]:
+        memory, scanner, want = asked.memory, asked.scanner, asked.want
+        rows = self.rows(memory, asked.catalog)
         size = max(2, min(USERS_MAX, PAIRS_MAX // max(memory.num_items, 1)))
         ranked: list[Ranked] = []
-        for begin in range(0, len(query_BD), size):
+        for begin in range(0, len(asked.query_BD), size):
             part = slice(begin, begin + size)
-            gone = drops[part] if drops is not None else None
-            found = gather(
-                self.spec, query_BD[part], contexts[part], memory, rows, scanner, want, gone
-            )
+            gone = asked.drops[part] if asked.drops is not None else None
+            query_BD, contexts = asked.query_BD[part], asked.contexts[part]
+            found = gather(self.spec, query_BD, contexts, memory, rows, scanner, want, gone)
             score_R = self.scores(found.feature_RF)
             ranked += _lists(found.pool, score_R, memory, want)
         return ranked
@@ -186,6 +197,51 @@ class Blend:
             return rows
 
 
+class _Asked(NamedTuple):
+    """What `Blend.rank` is asked."""
+
+    blend: Blend
+    query_BD: F32
+    contexts: Sequence[Context]
+    memory: Memory
+    catalog: Catalog
+    scanner: Scanner
+    want: int
+    drops: Sequence[frozenset[int]] | None
+
+    def fits(self, other: "_Asked") -> bool:
+        """Whether both can be one."""
+        mine = self.blend, self.memory, self.catalog, self.scanner
+        others = other.blend, other.memory, other.catalog, other.scanner
+        same = all(one is another for one, another in zip(mine, others, strict=True))
+        return same and self.want == other.want
+
+    def all_drops(self) -> Sequence[frozenset[int]]:
+        """One set a user."""
+        return [frozenset()] * len(self.query_BD) if self.drops is None else self.drops
+
+
+def _ranked_together(asked: Sequence[_Asked]) -> list[list[Ranked]]:
+    """Everybody's lists, from one look where the questions fit each other."""
+    first = asked[0]
+    if not all(first.fits(other) for other in asked):
+        return [one.blend._ranked(one) for one in asked]
+    drops = None
+    if any(one.drops is not None for one in asked):
+        drops = [own for one in asked for own in one.all_drops()]
+    whole = first._replace(
+        query_BD=np.concatenate([one.query_BD for one in asked]),
+        contexts=[context for one in asked for context in one.contexts],
+        drops=drops,
+    )
+    ranked = iter(first.blend._ranked(whole))
+    return [[next(ranked) for _ in one.contexts] for one in asked]
+
+
+_TOGETHER = Together(_ranked_together, turns=max(1, (os.cpu_count() or 1) // 2))
+"""A small batch costs as much as twenty users of a large one."""
+
+
 class _Kept(NamedTuple):
     """Rows as of so many changes of a catalogue."""
 
@@ -220,9 +276,9 @@ def gather(
     num_users, num_codes = len(query_BD), memory.num_items
     past = past_of(contexts, memory)
     dropped = _dropped(drops, memory)
-    deepest = max((len(own) for own in drops or ()), default=0)
+    own_drops_B = np.array([len(own) for own in drops or [frozenset()] * num_users], np.int64)
     look, best_BC, user_E, code_E, best_E = _of_model(
-        scanner, query_BD, rows, max(spec.model, want), dropped, deepest, num_codes
+        scanner, query_BD, rows, max(spec.model, want), dropped, own_drops_B, num_codes
     )
     entries = neighbours.neighbour_items(
         memory.neighbours, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
@@ -358,17 +414,19 @@ def _of_model(
     rows: Rows,
     num_best: int,
     dropped: I64,
-    deepest: int,
+    own_drops_B: I64,
     num_codes: int,
 ) -> tuple[Look, F32, I64, I64, I64]:
     """The scan, each user's best scores, and user, code and place of these."""
-    look = scanner.look(query_BD, num_best + deepest + 1)
+    depth_B = num_best + own_drops_B + 1
+    look = scanner.look(query_BD, int(depth_B.max()))
     score_BK, row_BK = look.score_BK, look.row_BK
     code_BK = rows.code_of_row[row_BK]
     fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
-    if row_BK.shape[1] < scanner.num_rows:
-        # A cut inside a group of equal scores would go by row: leave that group out.
-        fine_BK &= score_BK > score_BK[:, -1:]
+    # A cut inside a group of equal scores would go by row: leave that group out. Where the cut is
+    # depends on the user alone, however deep others make the scan.
+    edge_B = np.take_along_axis(score_BK, np.minimum(depth_B, score_BK.shape[1])[:, None] - 1, 1)
+    fine_BK &= (score_BK > edge_B) | (depth_B >= scanner.num_rows)[:, None]
     if len(dropped):
         key_BK = np.arange(len(query_BD))[:, None] * num_codes + code_BK
         fine_BK &= ~np.isin(key_BK, dropped)

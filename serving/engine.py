@@ -17,7 +17,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,7 @@ from onnx import TensorProto, helper
 from afterclick.serving.best import best_rows
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import QUERY_NAME, STEP_NAME, Manifest
+from afterclick.serving.together import Together
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -200,16 +201,6 @@ class Look(NamedTuple):
     """Scores of pairs of user and row; no longer once this thread has asked for another scan."""
 
 
-class _Ask:
-    """A small scan that waits for its turn."""
-
-    def __init__(self, q_BD: F32, k: int) -> None:
-        self.q_BD = q_BD
-        self.k = k
-        self.found: tuple[F32, I64] | None = None
-        self.error: Exception | None = None
-
-
 class Scanner:
     """Exact top-K over an item matrix that its owner may change between calls.
 
@@ -238,9 +229,7 @@ class Scanner:
         self._session = session_of(graph, self.provider, threads)
         self._matrix = scan_vectors_ND
         self._bound: ort.OrtValue | None = None
-        self._turn = threading.Lock()
-        self._guard = threading.Lock()
-        self._asking: list[_Ask] = []
+        self._together = Together(self._top_of_all)
 
     @property
     def num_rows(self) -> int:
@@ -265,33 +254,17 @@ class Scanner:
         k = min(k, self.num_rows)
         if len(q_BD) >= SHARED_USERS_MAX:
             return self._top(q_BD, k)
-        ask = _Ask(q_BD, k)
-        with self._guard:
-            self._asking.append(ask)
-        with self._turn:
-            if ask.found is None and ask.error is None:
-                self._answer_all()
-        if ask.error is not None:
-            raise ask.error
-        assert ask.found is not None
-        return ask.found
+        return self._together.ask((q_BD, k))
 
-    def _answer_all(self) -> None:
+    def _top_of_all(self, asked: Sequence[tuple[F32, int]]) -> list[tuple[F32, I64]]:
         """One scan for everybody who asks by now: reading the matrix is what a small scan costs."""
-        with self._guard:
-            asking, self._asking = self._asking, []
-        q_BD = np.concatenate([ask.q_BD for ask in asking])
-        try:
-            scores_BK, rows_BK = self._top(q_BD, max(ask.k for ask in asking))
-        except Exception as error:  # noqa: BLE001 - all who asked must hear of it
-            for ask in asking:
-                ask.error = error
-            return
-        start = 0
-        for ask in asking:
-            own = slice(start, start + len(ask.q_BD))
-            ask.found = scores_BK[own, : ask.k], rows_BK[own, : ask.k]
-            start = own.stop
+        q_BD = np.concatenate([own_BD for own_BD, _ in asked])
+        scores_BK, rows_BK = self._top(q_BD, max(k for _, k in asked))
+        ends = np.cumsum([len(own_BD) for own_BD, _ in asked]).tolist()
+        return [
+            (scores_BK[end - len(own_BD) : end, :k], rows_BK[end - len(own_BD) : end, :k])
+            for (own_BD, k), end in zip(asked, ends, strict=True)
+        ]
 
     def look(self, q_BD: F32, k: int) -> Look:
         """`top`, and beside it the scores of whatever rows are named then."""

@@ -1,5 +1,6 @@
 """The blend: lists from candidates, the same for a user whoever shares the batch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -317,3 +318,56 @@ def test_who_is_far_behind_the_catalogue_looks_at_everything(
         loaded.catalog.apply(Item(item_id=f"i{offset:05d}", available=False), 0, offset)
     found = loaded.blend.rows(loaded.memory, loaded.catalog)
     assert int(found.hidden_N.sum()) == 25
+
+
+def test_what_others_leave_out_does_not_move_the_cut_of_a_users_best(
+    loaded: LoadedRelease,
+) -> None:
+    """Their scan goes deeper, and a group of equal scores at one's own end came into sight."""
+    vectors = loaded.catalog.scan_vectors_ND
+    vectors[: loaded.catalog.num_items] = vectors[np.arange(loaded.catalog.num_items) // 3 * 3]
+    loaded.scanner.changed(vectors)
+    query_BD, contexts = some(loaded, 2)
+    alone = rank(loaded, query_BD[:1], contexts[:1])
+    drops = [frozenset(), frozenset(item_hash(f"i{code:05d}") for code in range(40))]
+    assert loaded.blend is not None
+    assert loaded.memory is not None
+    rows = loaded.blend.rows(loaded.memory, loaded.catalog)
+    both, own = (
+        gather(
+            loaded.blend.spec,
+            query_BD[:num],
+            contexts[:num],
+            loaded.memory,
+            rows,
+            loaded.scanner,
+            30,
+            drops[:num],
+        )
+        for num in (2, 1)
+    )
+    mine = both.pool.user_R == 0
+    assert np.array_equal(both.pool.code_R[mine], own.pool.code_R)
+    assert np.array_equal(both.feature_RF[mine], own.feature_RF)
+    assert rank(loaded, query_BD, contexts, drops=drops)[0] == alone[0]
+
+
+def test_lists_asked_for_together_are_those_of_each_alone(loaded: LoadedRelease) -> None:
+    """Chunks of several partitions become one batch, with and without items left out."""
+    query_BD, contexts = some(loaded, 60)
+    alone = [rank(loaded, query_BD[at : at + 1], contexts[at : at + 1])[0] for at in range(60)]
+    drops = [frozenset({item_hash(ranked.items[0])}) for ranked in alone]
+    without = [
+        rank(loaded, query_BD[at : at + 1], contexts[at : at + 1], drops=[drops[at]])[0]
+        for at in range(60)
+    ]
+
+    def ask(at: int) -> Ranked:
+        own = slice(at, at + 1)
+        if at % 3:
+            return rank(loaded, query_BD[own], contexts[own])[0]
+        return rank(loaded, query_BD[own], contexts[own], drops=drops[own])[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(60)))
+    assert found == [alone[at] if at % 3 else without[at] for at in range(60)]
