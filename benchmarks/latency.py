@@ -26,7 +26,7 @@ from afterclick.streams.admin import client_config
 from afterclick.streams.events import Click, encode
 from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings
-from benchmarks.ground import NAMESPACE, ROOT, Ground, Options, item_ids
+from benchmarks.ground import ROOT, Ground, Options, item_ids
 
 START_IN_S = 3.0
 """Both processes have imported everything by then; the sender says so if it is late."""
@@ -37,7 +37,7 @@ TAIL_BYTES = 160
 """End of a list's JSON that holds offset and event time: reading 3 KB lists whole a thousand times
 a second would load the Redis under test more than the worker does.
 """
-_TAIL = re.compile(rb'"offset":(\d+),"event_ms":(\d+),"written_ms":(\d+)')
+_TAIL = re.compile(rb'"offset":(\d+),"event_ms":(\d+)(?:,"signals":\d+)?,"written_ms":(\d+)')
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +55,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """The same moment of the wall clock."""
     streams: StreamsSettings
     redis: str
+    namespace: str
     out: str
 
 
@@ -114,7 +115,7 @@ def send(task: Task) -> None:
 def watch(task: Task) -> None:
     """Read the lists of users who wait for one until all have theirs."""
     schedule = Schedule(task)
-    keys = Keys(NAMESPACE)
+    keys = Keys(task.namespace)
     address = urlparse(task.redis)
     connection = socket.create_connection((address.hostname, address.port or 6379))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -172,6 +173,7 @@ def measure(stage: Ground, name: str, *, rate: float, seconds: float) -> dict[st
         start_ms=time.time_ns() // 1_000_000 + int(START_IN_S * 1000),
         streams=stage.streams,
         redis=stage.serving.redis,
+        namespace=stage.serving.namespace,
         out=str(stage.folder),
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LATENCY": msgspec.json.encode(task).decode()}

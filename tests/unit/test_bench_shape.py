@@ -31,6 +31,7 @@ def some_task(rate: float = 500.0) -> Task:
         start_ms=1_700_000_000_000,
         streams=StreamsSettings(),
         redis="",
+        namespace="bench",
         out="",
     )
 
