@@ -42,6 +42,11 @@ class Together(Generic[Q, A]):
         Raises:
             Exception: what `answer` raised; everybody who shared the call hears of it.
         """
+        if not self._asking and self._turns.acquire(blocking=False):
+            try:  # nobody else is here, nor does anybody need to hear of this
+                return self._answer([question])[0]
+            finally:
+                self._turns.release()
         ask: _Ask[Q, A] = _Ask(question)
         with self._guard:
             self._asking.append(ask)
