@@ -82,6 +82,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("candidates", "serving.blend", "gather"),
     ("model", "serving.features", "_model"),
     ("transitions", "serving.features", "_transitions"),
+    ("reach", "serving.features", "_reach"),
     ("repeats", "serving.features", "_repeats"),
     ("popularity", "serving.features", "_heats"),
     ("publication", "serving.features", "_publication"),
