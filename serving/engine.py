@@ -8,7 +8,8 @@ What keeps bits equal whatever the batch (measured, see docs/decisions/0002-bit-
 constant
 weights in the step and query graphs, no user with zero steps in a call, no empty call, and never
 fewer
-than two rows in a scan, whose item matrix is an input so that items can be added while running.
+than two rows in a scan, whose item matrix is a constant as far as the release brought it; rows that
+changed since are an input (`packed.py`).
 """
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
@@ -31,6 +32,7 @@ from onnx import TensorProto, helper
 from afterclick.serving.best import best_rows
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import QUERY_NAME, STEP_NAME, Manifest
+from afterclick.serving.packed import BYTES_MAX, Followed, packed_graph
 from afterclick.serving.together import Together
 
 F32 = npt.NDArray[np.float32]
@@ -215,7 +217,9 @@ class Scanner:
         provider: str = "auto",
         threads: int = 0,
         precision: str = "fp32",
+        packed: bool = True,
     ) -> None:
+        """Over this matrix; `packed` takes its size in memory once more, on the CPU."""
         self.provider = choose_provider(provider)
         if precision == "fp16" and self.provider != "cuda":
             raise ConfigError(
@@ -230,6 +234,13 @@ class Scanner:
         self._matrix = scan_vectors_ND
         self._bound: ort.OrtValue | None = None
         self._together = Together(self._top_of_all)
+        self._packed: ort.InferenceSession | None = None
+        self._followed: Followed | None = None
+        if packed and self.provider == "cpu" and 0 < scan_vectors_ND.nbytes <= BYTES_MAX:
+            self._packed = session_of(packed_graph(scan_vectors_ND), "cpu", threads)
+            self._followed = Followed(scan_vectors_ND)
+        self._is_packed = self._packed is not None
+        self._changed: ort.OrtValue | None = None
 
     @property
     def num_rows(self) -> int:
@@ -240,6 +251,12 @@ class Scanner:
         """Take a matrix whose rows changed, or a larger one."""
         self._matrix = scan_vectors_ND
         self._bound = None
+        if self._followed is not None:
+            self._is_packed = self._followed.follow(scan_vectors_ND)
+            changed_RD = self._followed.changed_RD
+            self._changed = (
+                ort.OrtValue.ortvalue_from_numpy(changed_RD) if len(changed_RD) else None
+            )
 
     def top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
         """Best rows of every user, best first, equal scores by row number.
@@ -279,6 +296,8 @@ class Scanner:
 
     def scores(self, q_BD: F32) -> F32:
         """(B, N) all scores, for the rare user whose ties reach past the fetched rows."""
+        if self.provider == "cpu":
+            return self._scores_here(q_BD).copy()
         scores: F32 = self._run(q_BD, ["scores"], 1)[0]
         return scores
 
@@ -290,31 +309,35 @@ class Scanner:
 
     def _scores_here(self, q_BD: F32) -> F32:
         """(B, N) all scores, in memory that this thread's next scan takes again."""
-        binding, num_rows = self._bind(q_BD)
-        shape = (max(len(q_BD), 2), num_rows)
-        score_BN = _scratch(shape)
-        binding.bind_output("scores", "cpu", 0, np.float32, shape, score_BN.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        return score_BN[: len(q_BD)]
+        assert len(q_BD) > 0, "an empty call aborts ONNX Runtime"
+        if len(q_BD) == 1:  # one row takes another kernel, whose bits differ
+            return self._scores_here(np.concatenate([q_BD, q_BD]))[:1]
+        q_BD = np.ascontiguousarray(q_BD)
+        score_BN = _scratch((len(q_BD), self.num_rows))
+        if not self._is_packed or self._packed is None or self._followed is None:
+            _multiply(self._session, q_BD, score_BN, self._on_device())
+            return score_BN
+        _multiply(self._packed, q_BD, score_BN)
+        if self._changed is not None:
+            row_R = self._followed.row_R
+            changed_BR = np.empty((len(q_BD), self._changed.shape()[0]), np.float32)
+            _multiply(self._session, q_BD, changed_BR, self._changed)
+            score_BN[:, row_R] = changed_BR[:, : len(row_R)]
+        return score_BN
 
     def _run(self, q_BD: F32, outputs: list[str], k: int) -> list[Any]:
-        binding, _ = self._bind(q_BD)
-        if self.provider == "cuda":
-            binding.bind_cpu_input("k", np.array([k], np.int64))
+        assert len(q_BD) > 0, "an empty call aborts ONNX Runtime"
+        num_users = len(q_BD)
+        if num_users == 1:  # one row takes another kernel, whose bits differ
+            q_BD = np.concatenate([q_BD, q_BD])
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("q", np.ascontiguousarray(q_BD))
+        binding.bind_ortvalue_input("items", self._on_device())
+        binding.bind_cpu_input("k", np.array([k], np.int64))
         for name in outputs:
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        return [array[: len(q_BD)] for array in binding.copy_outputs_to_cpu()]
-
-    def _bind(self, q_BD: F32) -> tuple[ort.IOBinding, int]:
-        """Queries and items as inputs, and the number of items."""
-        assert len(q_BD) > 0, "an empty call aborts ONNX Runtime"
-        if len(q_BD) == 1:  # one row takes another kernel, whose bits differ
-            q_BD = np.concatenate([q_BD, q_BD])
-        binding, items = self._session.io_binding(), self._on_device()
-        binding.bind_cpu_input("q", np.ascontiguousarray(q_BD))
-        binding.bind_ortvalue_input("items", items)
-        return binding, items.shape()[0]
+        return [array[:num_users] for array in binding.copy_outputs_to_cpu()]
 
     def _on_device(self) -> ort.OrtValue:
         bound = self._bound
@@ -323,6 +346,18 @@ class Scanner:
             bound = ort.OrtValue.ortvalue_from_numpy(matrix, self.provider, 0)
             self._bound = bound
         return bound
+
+
+def _multiply(
+    session: ort.InferenceSession, q_BD: F32, score_BN: F32, items: ort.OrtValue | None = None
+) -> None:
+    """Write the scores where they are wanted."""
+    binding = session.io_binding()
+    binding.bind_cpu_input("q", q_BD)
+    if items is not None:
+        binding.bind_ortvalue_input("items", items)
+    binding.bind_output("scores", "cpu", 0, np.float32, score_BN.shape, score_BN.ctypes.data)
+    session.run_with_iobinding(binding)
 
 
 _SCRATCH_MAX = 1 << 24

@@ -62,7 +62,7 @@ class TwoStageScanner(Scanner):
     def __init__(
         self, scan_vectors_ND: F32, *, threads: int = 0, survivors: int = SURVIVORS
     ) -> None:
-        super().__init__(scan_vectors_ND, provider="cpu", threads=threads)
+        super().__init__(scan_vectors_ND, provider="cpu", threads=threads, packed=False)
         self._survivors = max(survivors, WANT_MAX)
         self._fetched = self._survivors + self._survivors // SPARE_SHARE
         self._faiss = _faiss()
