@@ -15,8 +15,10 @@ from onnx import TensorProto, helper
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
-BYTES_MAX = 1 << 28
-"""A larger matrix stays an input: packing takes its size in memory once more."""
+BYTES_MAX = 1 << 26
+"""A larger matrix stays an input: packing takes its size in memory once more, while a release is
+loaded four times.
+"""
 
 CHANGED_SHARE = 8
 """Where more than one row in so many has changed, all are multiplied as an input."""
