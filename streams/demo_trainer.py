@@ -26,6 +26,9 @@ TRAINING = {
 }
 """Small enough for half a minute on one core, good enough to beat the Markov chain."""
 
+BLEND_EVENTS_MAX = "6000"
+"""No more than the newest tenth of the demo's past: no second model has to be trained."""
+
 STOP_TIMEOUT_S = 15.0
 
 
@@ -108,9 +111,13 @@ def running_trainer(
     # Beside live clicks the stream goes first.
     if not before_live and (nice := shutil.which("nice")):
         argv = [nice, "-n", "10", *argv]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("AFTERCLICK_")}
+    own = {k: v for k, v in os.environ.items() if not k.startswith("AFTERCLICK_")}
+    own["AFTERCLICK_TRAINING__BLEND_EVENTS_MAX"] = BLEND_EVENTS_MAX
     process = Process(
-        f"afterclick {verb}", argv, log=folder / f"{verb}.log", env={**inherited, **env}
+        f"afterclick {verb}",
+        argv,
+        log=folder / f"{verb}.log",
+        env={**own, **env},
     )
     try:
         process.start()

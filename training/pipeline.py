@@ -4,6 +4,7 @@ Knows no command line. Order: fold's rules, split, fit, baselines, tables, files
 report. Nothing is published before the gate has passed.
 """
 
+import copy
 import logging
 import secrets
 import shutil
@@ -370,7 +371,7 @@ def _blend(
     # Of tails, what comes later in one sequence comes before the tail of another.
     live = live and data.train.time_P is not None and settings.split != "tails"
     if live:
-        world = World(data.everything, data.item_ids, source.items, data.content)
+        world = _world(source, data, fitted)
         steps = walk(world, settings, history=serving.history, filter_seen=serving.filter_seen)
         try:
             blend = fit_blend(steps.stages, steps.num, settings, arrivals=steps.arrivals)
@@ -385,6 +386,19 @@ def _blend(
         blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
     teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
     return blend
+
+
+def _world(source: Source, data: Data, fitted: Fitted) -> World:
+    """With the best epoch's model, where the training part is all that came before the rest."""
+    world = World(data.everything, data.item_ids, source.items, data.content)
+    time_P, oldest_P = data.everything.time_P, data.train.time_P
+    assert time_P is not None
+    assert oldest_P is not None
+    if not np.array_equal(np.sort(time_P)[: len(oldest_P)], np.sort(oldest_P)):
+        return world
+    learnt = copy.deepcopy(fitted.model)
+    learnt.load_state_dict(fitted.validation_state)
+    return world._replace(learnt=learnt, num_learnt=len(oldest_P))
 
 
 def _validation_question(

@@ -181,7 +181,8 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     blend_events_max: Annotated[int, Meta(ge=200)] = 50_000
     """Predictions that the blend is fitted on where the memory is live, in at most 70% of the log;
-    for these a model is trained on what came before them, and goes on learning in between.
+    they are answered by a model of what came before them, which goes on learning in between. Up to
+    the validation part's size that is the run's own; beyond, another one is trained for it.
     """
 
     blend_units: Annotated[int, Meta(ge=1, le=1024)] = 64

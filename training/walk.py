@@ -21,7 +21,7 @@ from afterclick.serving.engine import Scanner
 from afterclick.serving.manifest import ItemRow, ItemTable
 from afterclick.serving.memory import Memory, memory_of, moves_of
 from afterclick.training.blending import Arrivals, Asked, Knowledge, Stage, asked_of
-from afterclick.training.data import UNKNOWN, Held, Sequences
+from afterclick.training.data import UNKNOWN, Held, Sequences, windows
 from afterclick.training.evaluate import model_queries
 from afterclick.training.export import Tables, build_tables
 from afterclick.training.fit import fit
@@ -52,6 +52,12 @@ class World(NamedTuple):
     item_ids: Sequence[str]
     details: Mapping[str, ItemRow]
     content: Content | None
+    learnt: Recommender | None = None
+    """A model of the log's oldest clicks. It answers the first stage where it has met none of what
+    is asked; else one is trained for that.
+    """
+    num_learnt: int = 0
+    """How many these are."""
 
 
 class Walk(NamedTuple):
@@ -89,15 +95,22 @@ def walk(
     bounds = np.linspace(begin, len(order_P), STAGES + 1).astype(np.int64)
 
     def stages() -> Iterator[Stage]:
-        model: Recommender | None = None
+        model = world.learnt if world.num_learnt <= begin else None
+        known_N = np.zeros(len(world.item_ids), bool)
         for low, high in pairwise(bounds.tolist()):
             if low == high:
                 continue
             before = log.select(rank_P < low)
-            since = low - LEARNT * (high - low)
-            newest = before if model is None else log.select((rank_P < low) & (rank_P >= since))
-            model = _learnt(newest, world, settings, model)
-            known_N = np.bincount(before.item_P, minlength=len(world.item_ids)) > 0
+            if model is None:
+                newest = before
+                model = _learnt(newest, world, settings, None)
+            elif low == begin:
+                newest = log.select(rank_P < world.num_learnt)
+            else:
+                since = low - LEARNT * (high - low)
+                newest = log.select((rank_P < low) & (rank_P >= since))
+                model = _learnt(newest, world, settings, model)
+            known_N |= np.bincount(newest.item_P, minlength=len(known_N)) > 0
             memory.index(before.start_S1, before.item_P, before.time_P, settings.blend_sessions)
             held = Held(log, (rank_P >= low) & (rank_P < high))
             asked, tables = _questions(model, held, known_N, world, memory, history, filter_seen)
@@ -111,6 +124,8 @@ def _learnt(
     part: Sequences, world: World, settings: TrainingSettings, model: Recommender | None
 ) -> Recommender:
     """A model of this part; with `model` it goes on from there, as a warm start would."""
+    if model is not None and not len(windows(part, settings.history)[0]):
+        return model  # nobody clicked twice
     state = None if model is None else model.state_dict()
 
     def start(fresh: Recommender) -> None:

@@ -1,10 +1,12 @@
 """The walk: every click is asked about by what was made before it."""
 
+import copy
 from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import FEATURES
@@ -12,6 +14,7 @@ from afterclick.serving.manifest import ItemRow
 from afterclick.serving.memory import memory_of
 from afterclick.training.blending import Stage, fit_blend
 from afterclick.training.data import Columns, build_log
+from afterclick.training.fit import fit
 from afterclick.training.text import content_of
 from afterclick.training.walk import STAGES, Walk, World, walk
 from tests.unit.training.worlds import columns, quick, ring
@@ -65,6 +68,26 @@ def test_no_stage_has_learnt_from_its_own_clicks() -> None:
     assert any(same)
     assert np.array_equal(first[0].query_XD[same], first[1].query_XD[same])
     assert not np.array_equal(stages[-1].asked.query_XD, others[-1].asked.query_XD)
+
+
+def test_a_model_of_the_oldest_clicks_is_not_trained_again() -> None:
+    """What validation was judged by answers the first stage; where it has met what is asked, as a
+    short log's has, another one is trained.
+    """
+    world = world_of(ring())
+    oldest = world.log.select(world.log.time_P < np.sort(world.log.time_P)[-600])
+    learnt = fit(oldest, None, len(world.item_ids), SETTINGS, content=world.content).model
+    scans = []
+    for num_learnt in (oldest.num_events, oldest.num_events + 1):
+        given = world._replace(learnt=copy.deepcopy(learnt), num_learnt=num_learnt)
+        with torch.no_grad():
+            given.learnt.bias += 1.0
+        scans.append([s.knowledge.catalog.scan_vectors_ND for s in walked(given)[1]])
+    plain = [stage.knowledge.catalog.scan_vectors_ND for stage in walked(world)[1]]
+    assert np.allclose(scans[0][0][:, -1], plain[0][:, -1] + 1.0)
+    assert np.array_equal(scans[1][0], plain[0])
+    assert np.array_equal(scans[1][-1], plain[-1])
+    assert not np.array_equal(scans[0][-1], plain[-1])
 
 
 def test_sessions_are_those_that_a_release_of_that_moment_would_have() -> None:
