@@ -28,6 +28,9 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     """Of numbers in the time column: `auto` is ms for a name that ends in `_ms` and where all are
     too large for seconds, else seconds.
     """
+    skip_incomplete: bool = False
+    """Leave out rows that lack a user or an item, and say how many; else the first one is an error.
+    """
 
 
 class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +66,11 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="unit of numbers; auto: ms for a column named *_ms or numbers too large for s",
     )
+    group.add_argument(
+        "--skip-incomplete",
+        action="store_true",
+        help="leave out rows without a user or an item, and say how many",
+    )
 
 
 def click_columns(options: argparse.Namespace) -> ClickColumns:
@@ -74,6 +82,7 @@ def click_columns(options: argparse.Namespace) -> ClickColumns:
         event=options.event_column,
         event_id=options.event_id_column,
         time_unit=options.time_unit,
+        skip_incomplete=options.skip_incomplete,
     )
 
 

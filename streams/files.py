@@ -4,6 +4,7 @@ Everything runs in Arrow, nothing per row in Python. Ids are text always, whatev
 Knows no Kafka and no training: replay, the trainer and the demo all read files through here.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ public data sets write `SessionId` and `user_id:token`.
 
 ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
 """Letters, as `events.Click` has it: longer ones would be dead letters later."""
+
+log = logging.getLogger(__name__)
 
 TIME_MS_MAX = 1 << 53
 """As `events.Click` has it; beyond, JSON readers lose digits."""
@@ -96,16 +99,19 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
     event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
     id_N = _short(path, table, event_id, EVENT_ID_LENGTH_MAX)
     no_item_N = pc.is_in(event_N, value_set=pa.array(sorted(NO_ITEM_EVENTS)))
+    may_lack_N = pa.repeat(columns.skip_incomplete, table.num_rows)
     clicks = pa.table(
         [
-            _ids(path, table, user),
-            _ids(path, table, item, may_lack_N=no_item_N),
+            _ids(path, table, user, may_lack_N=may_lack_N),
+            _ids(path, table, item, may_lack_N=pc.or_(no_item_N, may_lack_N)),
             _times(path, table, time, columns.time_unit) if time else _nulls(table, pa.int64()),
             event_N,
             pc.if_else(pc.equal(id_N, ""), None, id_N),
         ],
         schema=CLICKS_SCHEMA,
     )
+    if columns.skip_incomplete:
+        clicks = _complete(path, clicks, no_item_N)
     if time:
         clicks = clicks.take(pc.sort_indices(clicks, sort_keys=[("timestamp_ms", "ascending")]))
     return clicks.combine_chunks()
@@ -282,6 +288,20 @@ def _ids(path: Path, table: pa.Table, name: str, may_lack_N: pa.Array | None = N
     _refuse(path, name, "an id", ids_N, lacks_N)
     _refuse_long(path, name, ids_N, ID_LENGTH_MAX)
     return ids_N
+
+
+def _complete(path: Path, clicks: pa.Table, no_item_N: pa.Array) -> pa.Table:
+    """Without the rows that lack a user or an item, which are counted aloud."""
+    lacks_item_N = pc.and_(pc.equal(clicks["item_id"], ""), pc.invert(no_item_N))
+    lacks_N = pc.or_(pc.equal(clicks["user_id"], ""), lacks_item_N)
+    row = pc.index(lacks_N, True).as_py()
+    if row >= 0:
+        num = pc.sum(lacks_N).as_py()
+        log.warning(
+            "%s: left out %d of %d rows, which lack a user or an item; the first is row %d",
+            *(path, num, clicks.num_rows, row + 1),
+        )
+    return clicks.filter(pc.invert(lacks_N))
 
 
 def _short(path: Path, table: pa.Table, name: str, length_max: int) -> pa.Array:

@@ -162,6 +162,8 @@ def run_live(
         tell: given a line of progress now and then.
     """
     began_s = time.monotonic()
+    if settings.blend_memory == "auto":  # a worker's memory takes every click in
+        settings = msgspec.structs.replace(settings, blend_memory="live")
     worker = LiveWorker(serving, signals_from=len(source.past))
     catalogue: list[Item] = []
     for item in source.items:

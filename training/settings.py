@@ -176,7 +176,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     blend_memory: Literal["auto", "frozen", "live"] = "auto"
     """The memory that the blend is fitted with. `frozen`: that of the training part, asked about
     the validation part. `live`: one that takes clicks in as time goes on, asked about the newest
-    `blend_events_max`. `auto` is live where clicks come from a topic.
+    `blend_events_max`. `auto` is live where clicks come from a topic, and in live evaluation.
     """
 
     blend_events_max: Annotated[int, Meta(ge=200)] = 50_000

@@ -191,6 +191,28 @@ def test_a_bad_row_is_named(text, message, tmp_path):
     assert str(path) in str(caught.value)
 
 
+def test_incomplete_rows_may_be_left_out_and_are_counted(tmp_path, caplog):
+    """A shop's till has no customer for every sale; nobody is told less than how many there are."""
+    path = write(tmp_path / "a.csv", "user_id,item_id,event\nu,a,\n,b,\nv,,\nw,,visit\nx,c,\n")
+    with pytest.raises(ContractError, match="row 2, column user_id: expected an id, got ''"):
+        read_clicks(path)
+    table = read_clicks(path, ClickColumns(skip_incomplete=True))
+    assert table["user_id"].to_pylist() == ["u", "w", "x"]
+    assert "left out 2 of 5 rows, which lack a user or an item; the first is row 2" in caplog.text
+
+
+@needs_data
+def test_a_dirty_till_is_read_but_for_sales_to_nobody(caplog):
+    """541,909 lines, 406,829 of which name a customer."""
+    parser = argparse.ArgumentParser()
+    add_click_columns(parser)
+    names = ["--user-column=CustomerID", "--item-column=StockCode", "--time-column=InvoiceDate"]
+    columns = click_columns(parser.parse_args([*names, "--skip-incomplete"]))
+    table = read_clicks(DATA / "online-retail" / "lines.csv.gz", columns)
+    assert table.num_rows == 406_829
+    assert "left out 135080 of 541909 rows" in caplog.text
+
+
 def test_a_missing_column_names_those_there_are(tmp_path):
     """An operator sees which option to set without opening the file."""
     path = write(tmp_path / "log.csv", "Who,item_id\nu,i\n")

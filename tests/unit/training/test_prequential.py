@@ -108,20 +108,29 @@ def test_only_lists_that_somebody_is_judged_by_are_renewed() -> None:
 
 
 def test_lists_know_everybodys_clicks_and_the_curve_is_drawn(
-    files: Path, capsys: pytest.CaptureFixture[str]
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a blend: the memory hears each click, the newcomer's list is the blend's, too."""
+    """With a blend: the memory hears each click, the newcomer's list is the blend's, too; and it is
+    fitted with a memory that does, without being told.
+    """
+    memories: list[str] = []
+    train_release = prequential.train_release
+
+    def watch(source, settings, *arguments, **named):
+        memories.append(settings.blend_memory)
+        return train_release(source, settings, *arguments, **named)
+
+    monkeypatch.setattr(prequential, "train_release", watch)
     write_clicks(files / "clicks.csv", num_users=80)
     config = files / "settings.toml"
-    config.write_text(
-        config.read_text() + 'blend = "on"\nblend_memory = "live"\nvalidation = 0.5\n'
-    )
+    config.write_text(config.read_text() + 'blend = "on"\nvalidation = 0.5\n')
     png = files / "curve.png"
 
     assert evaluate(live(files, "--retrain-every", "0", "--plot", str(png))) == 0
 
     found = json.loads(capsys.readouterr().out)
     assert found["releases"] == 1
+    assert memories == ["live"]
     assert found["methods"]["at_click"]["hit_rate_20"] > 0.5
     assert "at_click_without_model" in found["methods"]
     assert png.read_bytes()[:4] == b"\x89PNG"
