@@ -37,7 +37,7 @@ STAGES: tuple[tuple[str, str, set[str]], ...] = (
     (
         "scan, top-K",
         "serving/engine.py",
-        {"top", "scores", "look", "_run", "_top", "_scores_here", "_bind"},
+        {"top", "scores", "look", "_run", "_top", "_scores_here", "_multiply"},
     ),
     ("scan, top-K", "serving/best.py", set()),
     ("steps", "serving/engine.py", set()),
