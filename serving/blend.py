@@ -46,6 +46,9 @@ from afterclick.serving.trails import place_in_group, ranges
 USERS_MAX = 64
 """Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
 
+SCAN_USERS_MAX = 256
+"""Users who share a scan."""
+
 SHARED_USERS_MAX = 32
 """Smaller batches that are asked for at the same time become one."""
 
@@ -150,14 +153,26 @@ class Blend:
         memory, scanner, want = asked.memory, asked.scanner, asked.want
         rows = self.rows(memory, asked.catalog)
         size = max(2, min(USERS_MAX, PAIRS_MAX // max(memory.num_items, 1)))
+        # More users read the matrix together than are described together.
+        groups = max(1, min(SCAN_USERS_MAX, PAIRS_MAX // scanner.num_rows) // size)
         ranked: list[Ranked] = []
-        for begin in range(0, len(asked.query_BD), size):
-            part = slice(begin, begin + size)
-            gone = asked.drops[part] if asked.drops is not None else None
-            query_BD, contexts = asked.query_BD[part], asked.contexts[part]
-            found = gather(self.spec, query_BD, contexts, memory, rows, scanner, want, gone)
-            score_R = self.scores(found.feature_RF)
-            ranked += _lists(found.pool, score_R, memory, want)
+        for begin in range(0, len(asked.query_BD), size * groups):
+            several = asked.part(begin, begin + size * groups)
+            look = scanner.look(several.query_BD, _depth(self.spec, want, several.drops))
+            for start in range(0, len(several.query_BD), size):
+                one = several.part(start, start + size)
+                found = gather(
+                    self.spec,
+                    one.query_BD,
+                    one.contexts,
+                    memory,
+                    rows,
+                    scanner,
+                    want,
+                    one.drops,
+                    look=look.part(start, start + size),
+                )
+                ranked += _lists(found.pool, self.scores(found.feature_RF), memory, want)
         return ranked
 
     def scores(self, feature_RF: F32, *, without: Sequence[str] = ()) -> F32:
@@ -208,6 +223,13 @@ class _Asked(NamedTuple):
     scanner: Scanner
     want: int
     drops: Sequence[frozenset[int]] | None
+
+    def part(self, begin: int, end: int) -> "_Asked":
+        """Some of the users."""
+        drops = None if self.drops is None else self.drops[begin:end]
+        return self._replace(
+            query_BD=self.query_BD[begin:end], contexts=self.contexts[begin:end], drops=drops
+        )
 
     def fits(self, other: "_Asked") -> bool:
         """Whether both can be one."""
@@ -271,20 +293,26 @@ def gather(
     drops: Sequence[frozenset[int]] | None = None,
     *,
     tell_sources: bool = False,
+    look: Look | None = None,
 ) -> Candidates:
-    """Candidates of at most `USERS_MAX` users, and their features; see `Blend.rank`."""
+    """Candidates of at most `USERS_MAX` users, and their features; see `Blend.rank`.
+
+    A `look` that was taken before must be as deep as these users want it.
+    """
+    if look is None:
+        look = scanner.look(query_BD, _depth(spec, want, drops))
     num_users, num_codes = len(query_BD), memory.num_items
     past = past_of(contexts, memory)
     dropped = _dropped(drops, memory)
     own_drops_B = np.array([len(own) for own in drops or [frozenset()] * num_users], np.int64)
-    look, best_BC, user_E, code_E, best_E = _of_model(
-        scanner, query_BD, rows, max(spec.model, want), dropped, own_drops_B, num_codes
+    best_BC, *model_E = _of_model(
+        look, scanner.num_rows, rows, max(spec.model, want), dropped, own_drops_B, num_codes
     )
+    user_E, code_E, _ = model_E
     entries = neighbours.neighbour_items(
         memory.neighbours, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
     )
     near = Sums(*entries, num_users, num_codes)
-    model_E = user_E, code_E, best_E
     keys = [user_E * num_codes + code_E]
     user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
     followers = [user_E * num_codes + memory.next.item_A[at_E]]
@@ -408,37 +436,42 @@ def _republished(
     )
 
 
+def _depth(spec: BlendSpec, want: int, drops: Sequence[frozenset[int]] | None) -> int:
+    """Best rows that a scan must bring these users."""
+    return max(spec.model, want) + 1 + max((len(own) for own in drops or ()), default=0)
+
+
 def _of_model(
-    scanner: Scanner,
-    query_BD: F32,
+    look: Look,
+    num_rows: int,
     rows: Rows,
     num_best: int,
     dropped: I64,
     own_drops_B: I64,
     num_codes: int,
-) -> tuple[Look, F32, I64, I64, I64]:
-    """The scan, each user's best scores, and user, code and place of these."""
+) -> tuple[F32, I64, I64, I64]:
+    """Each user's best scores, and user, code and place of these."""
     depth_B = num_best + own_drops_B + 1
-    look = scanner.look(query_BD, int(depth_B.max()))
+    num_users = len(depth_B)
     score_BK, row_BK = look.score_BK, look.row_BK
     code_BK = rows.code_of_row[row_BK]
     fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
     # A cut inside a group of equal scores would go by row: leave that group out. Where the cut is
     # depends on the user alone, however deep others make the scan.
     edge_B = np.take_along_axis(score_BK, np.minimum(depth_B, score_BK.shape[1])[:, None] - 1, 1)
-    fine_BK &= (score_BK > edge_B) | (depth_B >= scanner.num_rows)[:, None]
+    fine_BK &= (score_BK > edge_B) | (depth_B >= num_rows)[:, None]
     if len(dropped):
-        key_BK = np.arange(len(query_BD))[:, None] * num_codes + code_BK
+        key_BK = np.arange(num_users)[:, None] * num_codes + code_BK
         fine_BK &= ~np.isin(key_BK, dropped)
     place_BK = np.cumsum(fine_BK, axis=1)
     user_E, at_E = np.nonzero(fine_BK & (place_BK <= num_best))
-    best_BC = np.full((len(query_BD), num_best), MASKED, np.float32)
+    best_BC = np.full((num_users, num_best), MASKED, np.float32)
     best_BC[user_E, place_BK[user_E, at_E] - 1] = score_BK[user_E, at_E]
     # Equal scores share the best place: the order of rows says nothing.
     fresh_BC = np.diff(best_BC, axis=1, prepend=np.inf) != 0
     shared_BC = np.maximum.accumulate(np.where(fresh_BC, np.arange(num_best), 0), axis=1)
     place_E = shared_BC[user_E, place_BK[user_E, at_E] - 1]
-    return look, best_BC, user_E, code_BK[user_E, at_E], place_E
+    return best_BC, user_E, code_BK[user_E, at_E], place_E
 
 
 def _best_near(near: Sums, num_best: int, num_users: int, memory: Memory) -> I64:

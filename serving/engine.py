@@ -202,6 +202,14 @@ class Look(NamedTuple):
     of: Callable[[I64, I64], F32]
     """Scores of pairs of user and row; no longer once this thread has asked for another scan."""
 
+    def part(self, begin: int, end: int) -> "Look":
+        """Some of the users, counted from 0."""
+        return Look(
+            self.score_BK[begin:end],
+            self.row_BK[begin:end],
+            lambda user_R, row_R: self.of(user_R + begin, row_R),
+        )
+
 
 class Scanner:
     """Exact top-K over an item matrix that its owner may change between calls.
