@@ -47,6 +47,7 @@ def main() -> None:
             units=512, dim=512, softmax_items=2048, **shared
         ),
         "ours, defaults": TrainingSettings(**shared),
+        "ours, 2,048 items": TrainingSettings(softmax_items=2048, **shared),
         "ours, 1,024 items": TrainingSettings(softmax_items=1024, **shared),
         "ours, vectors of 64": TrainingSettings(dim=64, **shared),
     }

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from afterclick.serving import features
-from afterclick.serving.blend import SOURCES, Candidates, Context, Rows, gather, rows_of
+from afterclick.serving.blend import SOURCES, Candidates, Context, gather
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, I64, Scanner
 from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED, columns_of
 from afterclick.serving.manifest import BlendSpec
 from afterclick.serving.memory import Memory
 from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_interaction
+from afterclick.serving.rows import Rows, rows_of
 from afterclick.training.blend_graph import CLIP, blend_graph
 from afterclick.training.data import UNKNOWN, Held
 from afterclick.training.evaluate import LIST

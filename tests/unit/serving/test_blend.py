@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from afterclick.serving.blend import Context, _best_near, gather, rows_of
+from afterclick.serving.blend import Context, _best_near, gather
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import FEATURES, Pool, Sums
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, read_manifest
@@ -15,6 +15,7 @@ from afterclick.serving.memory import HOUR_MS, Memory, Move
 from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import Interaction, item_hash, pack_interaction
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
+from afterclick.serving.rows import rows_of
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
 from afterclick.streams.fold import rank_states
