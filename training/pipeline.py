@@ -9,7 +9,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +56,7 @@ from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
 from afterclick.training.text import Content, content_of
-from afterclick.training.walk import World, knowledge_of, walk
+from afterclick.training.walk import STAGES, World, knowledge_of, walk
 from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
@@ -374,7 +374,8 @@ def _blend(
         world = _world(source, data, fitted)
         steps = walk(world, settings, history=serving.history, filter_seen=serving.filter_seen)
         try:
-            blend = fit_blend(steps.stages, steps.num, settings, arrivals=steps.arrivals)
+            stages = _told(steps.stages, teller)
+            blend = fit_blend(stages, steps.num, settings, arrivals=steps.arrivals)
         except ContractError as error:
             if error.reason != "no-transitions" or settings.blend == "on":
                 raise
@@ -386,6 +387,12 @@ def _blend(
         blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
     teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
     return blend
+
+
+def _told(stages: Iterator[Stage], teller: Teller) -> Iterator[Stage]:
+    for number, stage in enumerate(stages, 1):
+        teller.stage("walk", number=number, stages=STAGES, predictions=len(stage.asked.target_X))
+        yield stage
 
 
 def _world(source: Source, data: Data, fitted: Fitted) -> World:

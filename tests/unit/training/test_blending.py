@@ -11,7 +11,7 @@ from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.features import REACH_FEATURES
-from afterclick.serving.manifest import BLEND_NAME, MEMORY_NAME, ItemRow, ItemTable
+from afterclick.serving.manifest import BLEND_NAME, MANIFEST_NAME, MEMORY_NAME, ItemRow, ItemTable
 from afterclick.serving.memory import memory_of, moves_of
 from afterclick.training.blending import (
     USERS_LIVE,
@@ -24,6 +24,7 @@ from afterclick.training.blending import (
 )
 from afterclick.training.cli import evaluate, train
 from afterclick.training.data import build_log, held_out, split
+from afterclick.training.walk import STAGES
 from tests.unit.training.test_trial import files  # noqa: F401
 from tests.unit.training.worlds import quick, ring
 
@@ -86,6 +87,29 @@ def test_a_release_without_a_blend_has_none_of_its_files(
         assert not (folder / BLEND_NAME).exists()
         assert not (folder / MEMORY_NAME).exists()
         assert told["test"]["model"]["mrr_20"] == told["test"]["mrr_20"]
+
+
+def test_a_live_blend_is_fitted_stage_by_stage_and_shipped(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every stage is told, all predictions come in them, and the release reads what is in reach."""
+    (files / "settings.toml").write_text(
+        SETTINGS + 'blend_memory = "live"\nblend_events_max = 600\nsplit = "events"\n'
+    )
+    train(
+        [
+            *("--clicks", str(files / "clicks.csv"), "--json", "--progress", "jsonl"),
+            *("--config", str(files / "settings.toml")),
+        ]
+    )
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    walked = [line for line in told[:-1] if line["stage"] == "walk"]
+    assert [line["number"] for line in walked] == list(range(1, STAGES + 1))
+    assert sum(line["predictions"] for line in walked) == 600
+    manifest = json.loads((files / "releases" / told[-1]["release"] / MANIFEST_NAME).read_text())
+    assert {"reach", "reach_day"} <= set(manifest["blend"]["features"])
+    assert manifest["metrics"]["blend"]["predictions"] == 120
 
 
 def question(seed: int = 0) -> tuple[Asked, Knowledge, tuple, int]:
