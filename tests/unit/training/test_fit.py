@@ -66,6 +66,16 @@ def test_a_masked_warm_up_is_learnt_from() -> None:
     assert mixed.validation["hit_rate_1"] > 0.5
 
 
+def test_a_masked_warm_up_of_short_sequences_does_no_harm() -> None:
+    """Of four clicks little can be hidden: with batches as small as the others it ended at 0.17."""
+    log = build_log(ring(num_users=500, length=4, num_items=400), history=50)
+    train, held = split(log.sequences, 0.1, "sequences")
+    settings = quick(epochs=4, masked_epochs=1, dropout=0.1, batch_events=32, learning_rate=0.05)
+    fitted = fit(train, held, len(log.item_ids), settings)
+
+    assert fitted.validation["hit_rate_20"] > 0.5
+
+
 def test_attention_to_the_past_learns_with_the_rest() -> None:
     """Its values start at zero and must leave it; evaluation sees the same past as training."""
     fitted = run(quick(epochs=6, dropout=0.1, past=4))
