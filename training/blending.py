@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from afterclick.serving import features
-from afterclick.serving.blend import SOURCES, Candidates, Context, gather
+from afterclick.serving.blend import SOURCES, Blend, Candidates, Context, gather
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32, I64, Scanner
 from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED, columns_of
@@ -319,6 +319,14 @@ def blend_rankings(
             if len(at):
                 found[name].rank_X[number] = (score_R >= score_R[at[0]]).sum()
     return found
+
+
+def model_at_zero(blend: Blend) -> Scorer:
+    """A release's blend with the model's weight at 0: its features count as missing, and what only
+    it names is no candidate.
+    """
+    scores = partial(blend.scores, without=features.MODEL_FEATURES)
+    return Scorer(scores, ALL_SOURCES & ~MODEL_SOURCE)
 
 
 def graph_of(net: Net) -> bytes:

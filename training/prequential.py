@@ -25,7 +25,7 @@ from afterclick.streams.demo_source import DemoSource
 from afterclick.streams.events import Click, Item
 from afterclick.streams.score import DAY_MS, MISS, Markov, Popularity, Rates, Tally
 from afterclick.training.blending import Fitted as FittedBlend
-from afterclick.training.blending import Scorer
+from afterclick.training.blending import Scorer, model_at_zero
 from afterclick.training.data import Columns
 from afterclick.training.live_worker import CHUNK, LiveWorker
 from afterclick.training.pipeline import train_release
@@ -35,8 +35,9 @@ from afterclick.training.sources import source_of
 HOUR_MS = 3600 * 1000
 
 METHODS = ("standing", "at_click", "popularity_24h", "popularity_6h", "markov", "markov_popularity")
-"""And `at_click_without_model`, where the releases have a blend: one that was fitted anew without
-the model's features and candidates.
+"""And where the releases have a blend: `at_click_without_model`, one that was fitted anew without
+the model's features and candidates, and `at_click_model_at_zero`, the release's own with the
+model's features counted as missing.
 """
 
 
@@ -230,6 +231,9 @@ def run_live(
             if without is not None:
                 own = worker.at_click_by(without, user, now_ms)
                 ranks["at_click_without_model"] = _place(own, clicked)
+            if worker.loaded is not None and worker.loaded.blend is not None:
+                own = worker.at_click_by(model_at_zero(worker.loaded.blend), user, now_ms)
+                ranks["at_click_model_at_zero"] = _place(own, clicked)
             for tallies in (total, stretch.tallies):
                 for name, rank in ranks.items():
                     tallies.setdefault(name, Tally()).add(rank)

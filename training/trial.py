@@ -5,7 +5,6 @@ Knows no command line and trains nothing. Shape letters: X predictions, N items 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -14,7 +13,6 @@ import torch
 
 from afterclick.serving.engine import F32, MASKED
 from afterclick.serving.errors import ContractError
-from afterclick.serving.features import MODEL_FEATURES
 from afterclick.serving.past import past_of_rows
 from afterclick.serving.records import item_hash
 from afterclick.serving.releases import LoadedRelease
@@ -23,11 +21,11 @@ from afterclick.streams.events import NO_ITEM_EVENTS
 from afterclick.training.baselines import drop_seen, evaluate_baselines
 from afterclick.training.blending import (
     ALL_SOURCES,
-    MODEL_SOURCE,
     Knowledge,
     Scorer,
     asked_of,
     blend_rankings,
+    model_at_zero,
 )
 from afterclick.training.data import (
     I64,
@@ -224,9 +222,7 @@ def blend_rows(
         loaded.blend.spec,
         {
             "blend": Scorer(loaded.blend.scores, ALL_SOURCES),
-            "blend_without_model": Scorer(
-                partial(loaded.blend.scores, without=MODEL_FEATURES), ALL_SOURCES & ~MODEL_SOURCE
-            ),
+            "blend_without_model": model_at_zero(loaded.blend),
         },
     )
     return {

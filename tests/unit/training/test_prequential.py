@@ -132,7 +132,10 @@ def test_lists_know_everybodys_clicks_and_the_curve_is_drawn(
     assert found["releases"] == 1
     assert memories == ["live"]
     assert found["methods"]["at_click"]["hit_rate_20"] > 0.5
-    assert "at_click_without_model" in found["methods"]
+    assert {"at_click_without_model", "at_click_model_at_zero"} <= set(found["methods"])
+    at_zero = found["methods"]["at_click_model_at_zero"]
+    assert at_zero["predictions"] == found["test"]["predictions"]
+    assert at_zero["mrr_20"] != found["test"]["mrr_20"]
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 
