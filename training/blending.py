@@ -248,13 +248,12 @@ def fit_blend(
             A live memory has moved on when this returns.
         timed: whether there are times.
     """
-    names = [name for name in FEATURES if timed or name not in TIMED]
+    unfit = {*(() if timed else TIMED), *(REACH_FEATURES if arrivals is None else ())}
+    names = [name for name in FEATURES if name not in unfit]
     spec = BlendSpec(features=names, sessions=settings.blend_sessions)
     if arrivals is not None:
         older, touched, newest = LIVE
         spec = msgspec.structs.replace(spec, older=older, touched=touched, newest=newest)
-    else:
-        spec.features[:] = [name for name in names if name not in REACH_FEATURES]
     rng = np.random.default_rng([settings.seed, 1])
     late_from = num - max(1, round(num * JUDGED))
     examples = _Examples(
@@ -282,7 +281,7 @@ def fit_blend(
     nets, scorers = {}, {}
     rates_by = {"model_judged": rates(np.array(model_ranks, np.int64))}
     for row, left_out in wanted.items():
-        columns = columns_of([name for name in spec.features if name not in left_out])
+        columns = columns_of([name for name in names if name not in left_out])
         sources = sum(
             1 << bit for bit, source in enumerate(SOURCES) if WITHOUT.get(source) != left_out
         )

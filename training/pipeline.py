@@ -429,7 +429,7 @@ def _validation_question(
     question = asked_of(
         asked, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
     )
-    return Stage(question, knowledge_of(memory, tables.rows, tables))
+    return Stage(question, knowledge_of(memory, tables))
 
 
 def _memory(part: Sequences, data: Data, settings: TrainingSettings) -> Memory:
@@ -478,9 +478,7 @@ def _test(
         asked = asked_of(
             held, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
         )
-        own = blend_rankings(
-            asked, knowledge_of(memory, tables.rows, tables), blend.spec, blend.scorers
-        )
+        own = blend_rankings(asked, knowledge_of(memory, tables), blend.spec, blend.scorers)
     tested = {**_rates(own), "model": rates(rank_X), **_rates(baselines)}
     teller.stage("test", **_flat(tested))
     return tested

@@ -38,9 +38,9 @@ LEARNT = 3
 """Stages before it that a stage's model goes on learning from, for one epoch."""
 
 
-def knowledge_of(memory: Memory, rows: Sequence[ItemRow], tables: Tables) -> Knowledge:
+def knowledge_of(memory: Memory, tables: Tables) -> Knowledge:
     """What a worker would have in force with these tables."""
-    catalog = Catalog(ItemTable(items=list(rows)), tables.step_ND, tables.scan_ND)
+    catalog = Catalog(ItemTable(items=tables.rows), tables.step_ND, tables.scan_ND)
     return Knowledge(memory, catalog, Scanner(catalog.scan_vectors_ND, provider="cpu", threads=1))
 
 
@@ -114,8 +114,8 @@ def walk(
             memory.index(before.start_S1, before.item_P, before.time_P, settings.blend_sessions)
             held = Held(log, (rank_P >= low) & (rank_P < high))
             asked, tables = _questions(model, held, known_N, world, memory, history, filter_seen)
-            rows = _published_by(tables.rows, int(ms_M[high - 1]))
-            yield Stage(asked, knowledge_of(memory, rows, tables))
+            tables = tables._replace(rows=_published_by(tables.rows, int(ms_M[high - 1])))
+            yield Stage(asked, knowledge_of(memory, tables))
 
     return Walk(num, stages(), arrivals)
 
