@@ -30,6 +30,8 @@ from afterclick.training.settings import TrainingSettings, training_settings
 
 if TYPE_CHECKING:
     from afterclick.serving.releases import LoadedRelease
+    from afterclick.training.blending import Fitted as FittedBlend
+    from afterclick.training.blending import Scorer
     from afterclick.training.data import Columns
     from afterclick.training.pipeline import Outcome
     from afterclick.training.sources import Source
@@ -134,9 +136,9 @@ def evaluate(argv: Sequence[str]) -> int:
                 releases=folder,
                 filter_seen=serving.filter_seen or options.filter_seen,
             )
-            name = _trained(options, serving, train)
+            name, refitted = _trained(options, serving, train)
         else:
-            name = options.release
+            name, refitted = options.release, {}
         trial = evaluate_release(
             load_release(name, serving),
             clicks,
@@ -145,6 +147,7 @@ def evaluate(argv: Sequence[str]) -> int:
             mode=options.mode,
             filter_seen=options.filter_seen,
             seed=options.seed,
+            refitted=refitted,
         )
     if options.plot is not None:
         write_comparison(options.plot, f"release {trial.release}", trial.methods, trial.intervals)
@@ -362,14 +365,25 @@ def _live(options: argparse.Namespace, serving: ServingSettings, clicks: "Column
     return 0
 
 
-def _trained(options: argparse.Namespace, serving: ServingSettings, train: "Columns") -> str:
-    """Name of a release that was trained for this evaluation only."""
+def _trained(
+    options: argparse.Namespace, serving: ServingSettings, train: "Columns"
+) -> tuple[str, dict[str, "Scorer"]]:
+    """Name of a release that was trained for this evaluation only, and its blend's ablations."""
     from afterclick.training.pipeline import train_release
     from afterclick.training.sources import source_of
 
     source = source_of("evaluate", train, options.items, item_columns(options))
     settings = training_settings(os.environ, options.config, {})
-    return train_release(source, settings, serving, publish=False).release
+    if options.mode == "leave-one-out" and settings.split == "auto":
+        settings = msgspec.structs.replace(settings, split="tails")
+    refitted: dict[str, Scorer] = {}
+
+    def on_blend(blend: "FittedBlend") -> None:
+        ablations = {name: each for name, each in blend.scorers.items() if name != "blend"}
+        refitted.update(ablations)
+
+    outcome = train_release(source, settings, serving, publish=False, on_blend=on_blend)
+    return outcome.release, refitted
 
 
 def load_release(name: str, serving: ServingSettings) -> "LoadedRelease":

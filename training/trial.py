@@ -4,7 +4,7 @@ Knows no command line and trains nothing. Shape letters: X predictions, N items 
 (the release's and the training part's), P positions, B sequences, S floats of state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -69,8 +69,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     blend where it has one.
     """
     methods: dict[str, dict[str, float]]
-    """Every metric of the release (`blend`, `blend_without_model`: its weight at 0; `model`: alone)
-    and of every baseline.
+    """Every metric of the release (`blend`; `blend_model_at_zero`: the same with the model's weight
+    at 0; `model`: alone), of blends refitted without a part (`blend_without_…`) where the release
+    was trained for this evaluation, and of every baseline.
     """
     intervals: dict[str, dict[str, tuple[float, float]]]
     """95% bootstrap over sessions, or users, of every rate."""
@@ -91,6 +92,7 @@ def evaluate_release(
     mode: Mode = "session",
     filter_seen: bool = False,
     seed: int = 0,
+    refitted: Mapping[str, Scorer] | None = None,
 ) -> Trial:
     """Rank held-out clicks with a release and with every baseline.
 
@@ -104,6 +106,7 @@ def evaluate_release(
         mode: which of the two.
         filter_seen: leave items that stand earlier in the sequence out of every list.
         seed: of the bootstrap.
+        refitted: further scorers of the same candidates, by their rows' names.
 
     Raises:
         ContractError: there is nothing to predict.
@@ -125,6 +128,7 @@ def evaluate_release(
             query_XD,
             history=serving.history,
             filter_seen=filter_seen,
+            refitted=refitted or {},
         ),
         "model": release_ranking(loaded, held, row_N, query_XD, filter_seen=filter_seen),
     }
@@ -200,9 +204,10 @@ def blend_rows(
     query_XD: F32,
     *,
     history: int,
+    refitted: Mapping[str, Scorer],
     filter_seen: bool = False,
 ) -> dict[str, Ranking]:
-    """Rankings by the release's blend, and by the same with the model's weight at 0.
+    """Rankings by the release's blend, by the same with the model's weight at 0, and by others.
 
     The memory stands as it was exported. Empty for a release without a blend.
     """
@@ -222,7 +227,8 @@ def blend_rows(
         loaded.blend.spec,
         {
             "blend": Scorer(loaded.blend.scores, ALL_SOURCES),
-            "blend_without_model": model_at_zero(loaded.blend),
+            "blend_model_at_zero": model_at_zero(loaded.blend),
+            **refitted,
         },
     )
     return {

@@ -66,10 +66,32 @@ def test_a_release_with_a_blend_is_evaluated_as_its_training_run_was(
         assert found["test"]["mrr_20"] == pytest.approx(rates["mrr_20"], abs=2e-3)
         assert found["test"]["hit_rate_20"] == pytest.approx(rates["hit_rate_20"], abs=2e-3)
     assert found["methods"]["model"]["mrr_20"] == pytest.approx(told["model"]["mrr_20"], abs=1e-3)
-    assert {"blend_without_model", "markov"} <= set(told) & set(found["methods"])
+    assert {"blend_without_model", "markov"} <= set(told)
+    assert {"blend_model_at_zero", "markov"} <= set(found["methods"])
     assert found["test"]["predictions"] == told["predictions"]
     # What followed what says nearly all in this world, and two epochs of a model do not.
     assert told["blend"]["mrr_20"] > told["model"]["mrr_20"] + 0.05
+
+
+def test_settings_are_evaluated_with_their_blend_s_ablations(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refitted without a part, which a release alone does not hold; and each row is its own."""
+    monkeypatch.setenv("AFTERCLICK_TRAINING__BLEND_ABLATIONS", "true")
+    (files / "settings.toml").write_text(SETTINGS)
+    evaluate(
+        [
+            *("--config", str(files / "settings.toml"), "--clicks", str(files / "clicks.csv")),
+            *("--mode", "leave-one-out", "--json"),
+        ]
+    )
+    rows = json.loads(capsys.readouterr().out)["methods"]
+
+    assert list(rows)[:3] == ["blend", "blend_model_at_zero", "blend_without_model"]
+    assert rows["blend_without_model"] != rows["blend_model_at_zero"]
+    assert rows["blend_without_transitions"]["mrr_20"] < rows["blend"]["mrr_20"]
 
 
 def test_a_release_without_a_blend_has_none_of_its_files(
