@@ -41,7 +41,13 @@ def main() -> None:
     torch.set_flush_denormal(True)
     sequences, num_items = _clicks(options)
     predictions = sequences.num_events - sequences.num_sequences
-    shared = {"epochs": 1, "validation": 0.0, "device": "cpu", "threads": options.threads}
+    shared = {
+        "epochs": 1,
+        "batch_events": 1024,
+        "validation": 0.0,
+        "device": "cpu",
+        "threads": options.threads,
+    }
     ours = {
         "ours, 512 units, 2,048 items": TrainingSettings(
             units=512, dim=512, softmax_items=2048, **shared

@@ -181,8 +181,8 @@ def tune(argv: Sequence[str]) -> int:
     """Search for the settings that rank a validation part best; write them for `train --config`."""
     options = _tune_parser().parse_args(argv)
 
-    from afterclick.training.pipeline import prepare
-    from afterclick.training.tune import describe, read_space
+    from afterclick.training.search_space import read_space
+    from afterclick.training.tune import describe
     from afterclick.training.tune import tune as run_study
 
     _check_source("tune", options)
@@ -193,8 +193,9 @@ def tune(argv: Sequence[str]) -> int:
         os.environ, options.config, {name: getattr(options, name) for name in FLAGS}
     )
     found = run_study(
-        prepare(_source(options), settings, serving_settings(os.environ)),
+        _source(options),
         settings,
+        serving_settings(os.environ),
         options.out,
         space=None if options.space is None else read_space(options.space),
         method=options.method,

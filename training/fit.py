@@ -143,7 +143,7 @@ def fit(
         held: validation part, whose items the training part knows, or say something, or are
             `UNKNOWN`.
         num_items: rows of the item table.
-        settings: the run's settings.
+        settings: the run's settings, `settled`.
         content: what the items say about themselves; None for ids alone.
         everything: training and validation part for the last passes, or for training once more;
             None leaves them out.
@@ -212,7 +212,7 @@ def fit(
     run.model.load_state_dict(run.best)
     best = {key: value.clone() for key, value in run.best.items()}
     if everything is not None and until_epoch is None and held is not None:
-        if settings.retrain:
+        if settings.retrain == "on":
             again = begun(everything)
             passes = _passes_again(again, run.best_epoch, everything, settings, guide, on_batch)
             run.model = again.model

@@ -151,6 +151,7 @@ def train_release(
         torch.set_num_threads(settings.threads)
     data = prepare(source, settings, serving)
     settings, start = _start(data, settings, serving)
+    settings = settled(data, settings)
     teller.stage(
         "train",
         events=data.everything.num_events,
@@ -161,7 +162,7 @@ def train_release(
     )
     fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
     metrics = _metrics(data, fitted, serving, teller) if baselines else {}
-    blend = _blend(source, data, fitted, settings, serving, teller)
+    blend = blend_of(source, data, fitted, settings, serving, teller)
     if blend is not None:
         metrics.update(blend.judged)
         blend = blend if blend.helps or settings.blend == "on" else None
@@ -251,6 +252,15 @@ def prepare(source: Source, settings: TrainingSettings, serving: ServingSettings
     return Data(item_ids, train, held, everything, content, whole.num_duplicates, asked)
 
 
+def settled(data: Data, settings: TrainingSettings) -> TrainingSettings:
+    """The settings with what the data decides of them."""
+    share = 0.0
+    if data.held is not None:
+        item_X = data.held.sequences.item_P[data.held.target_P]
+        share = float((item_X == UNKNOWN).mean())
+    return settings.settled(data.train.num_events, share)
+
+
 def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
     item_P = sequences.item_P
     known_P = (item_P != UNKNOWN) & known_N[np.maximum(item_P, 0)]
@@ -273,7 +283,12 @@ def _start(
         log.warning("warm start: %s is not there; beginning by chance", path)
         return settings, lambda model: None
     rate = settings.learning_rate * settings.final_rate
-    settings = msgspec.structs.replace(settings, epochs=settings.warm_epochs, learning_rate=rate)
+    settings = msgspec.structs.replace(
+        settings,
+        epochs=settings.warm_epochs,
+        learning_rate=rate,
+        retrain="off" if settings.retrain == "auto" else settings.retrain,
+    )
 
     def start(model: Recommender) -> None:
         known = load_weights(path, model, data.item_ids)
@@ -345,7 +360,7 @@ def _metrics(
     return metrics
 
 
-def _blend(
+def blend_of(
     source: Source,
     data: Data,
     fitted: Fitted,
@@ -353,7 +368,11 @@ def _blend(
     serving: ServingSettings,
     teller: Teller,
 ) -> FittedBlend | None:
-    """A blend fitted on the validation part; None where there is too little of one, or no wish."""
+    """A blend fitted on what the model had not met; None where that is too little, or no wish.
+
+    Raises:
+        ConfigError: it was asked for and there are too few predictions.
+    """
     held, asked = data.held, data.asked
     if settings.blend == "off":
         return None

@@ -15,6 +15,11 @@ from msgspec import Meta
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.settings import from_environment
 
+EPOCH_STEPS = 200
+"""Mini-batches of an epoch, where nothing else is asked for."""
+
+RETRAIN_SHARE = 0.05
+
 
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one training run; together with the data they decide the release."""
@@ -97,10 +102,12 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     final_rate: Annotated[float, Meta(gt=0, le=1)] = 0.25
     """Learning rate at the start of these last passes, as a share of `learning_rate`."""
 
-    retrain: bool = False
+    retrain: Literal["auto", "on", "off"] = "auto"
     """Instead of these last passes train once more from the beginning, on all data, for as many
     epochs as the best one. It costs as much again; where new items appear all the time, it is worth
-    it: one pass is too few for what only the validation part holds.
+    it: one pass is too few for what only the validation part holds. `auto` is on where at least 5%
+    of the validation predictions ask for items that the training part knows nothing of, unless the
+    run started warm.
     """
 
     masked_epochs: Annotated[int, Meta(ge=0, le=1000)] = 0
@@ -113,8 +120,10 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     CPU has AMX, else fp32.
     """
 
-    batch_events: Annotated[int, Meta(ge=8, le=1 << 20)] = 1024
-    """Next-item predictions per mini-batch, about."""
+    batch_events: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    """Next-item predictions per mini-batch, about. 0 takes a 200th of the training part's events,
+    between 128 and 1,024: a short log needs its steps, too.
+    """
 
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 4e-3
     """Peak learning rate of AdamW."""
@@ -216,7 +225,21 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     @property
     def all_epochs(self) -> int:
         """Passes over all data, validation part included, at most."""
-        return self.epochs if self.retrain else self.final_epochs
+        return self.epochs if self.retrain == "on" else self.final_epochs
+
+    def settled(self, num_events: int, share_unknown: float) -> "TrainingSettings":
+        """With what the data decides where nobody else did.
+
+        Args:
+            num_events: of the training part.
+            share_unknown: of the validation predictions, on items that the training part knows
+                nothing of.
+        """
+        retrain = self.retrain
+        if retrain == "auto":
+            retrain = "on" if share_unknown >= RETRAIN_SHARE else "off"
+        batch_events = self.batch_events or min(max(num_events // EPOCH_STEPS, 128), 1024)
+        return msgspec.structs.replace(self, retrain=retrain, batch_events=batch_events)
 
 
 def training_settings(

@@ -1,41 +1,45 @@
 """Search for training settings: optuna proposes, `fit` trains, the validation part judges.
 
-A study is a folder: `study.sqlite` (every trial; a study that was cut off goes on there),
-`best.toml` (what `afterclick train --config` reads) and two pictures. What is held out, and so what
-is judged, is the same for every trial; settings that would change it cannot be searched. Knows no
-command line and exports nothing.
+Judged is what a release would list: the blend on top of the trial's model where there is one, for
+what repeats and transitions know anyway a model need not be good at. A study is a folder:
+`study.sqlite` (every trial; a study that was cut off goes on there), `best.toml` (what `afterclick
+train --config` reads) and two pictures. Knows no command line and exports nothing.
 """
 
 import hashlib
 import logging
-import math
 import time
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 import optuna
-from msgspec import Meta
 from optuna.trial import TrialState
 
 from afterclick.serving.errors import ConfigError, ContractError
+from afterclick.serving.settings import ServingSettings
 from afterclick.training.fit import Epoch, fit
-from afterclick.training.pipeline import Data
+from afterclick.training.pipeline import Data, blend_of, prepare, settled
+from afterclick.training.progress import Silent
+from afterclick.training.search_space import (
+    DEFAULT_SPACE,
+    Space,
+    Value,
+    check_space,
+    grid_values,
+    holds,
+    suggest,
+    with_values,
+)
 from afterclick.training.settings import TrainingSettings
+from afterclick.training.sources import Source
 
 Method = Literal["tpe", "grid", "random"]
 Metric = Literal["mrr_20", "hit_rate_20"]
-Value = str | int | float | bool
 
 STUDY_NAME = "study.sqlite"
 BEST_NAME = "best.toml"
-
-UNTUNABLE = frozenset({
-    "validation", "split", "validation_events_max", "item_min_count", "seed", "threads", "device",
-})  # fmt: skip
-"""They change what is held out, or are the machine's."""
 
 START_TRIALS = 5
 """Trials before the first is pruned, and before TPE stops drawing at random: a median of fewer says
@@ -45,38 +49,12 @@ nothing.
 log = logging.getLogger(__name__)
 
 
-class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Numbers from `low` to `high`; whole ones where both are."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    """Drawn by ratio, not by difference."""
-    points: Annotated[int, Meta(ge=2, le=100)] = 3
-    """Values that a grid takes from it, ends included."""
-
-
-Space = dict[str, Range | list[Value]]
-"""Per setting a range, or the values to choose from."""
-
-DEFAULT_SPACE: Space = {
-    "learning_rate": Range(low=1e-3, high=2e-2, log=True),
-    "units": [64, 128, 192],
-    "dropout": Range(low=0.0, high=0.5),
-    "dropout_hidden": Range(low=0.0, high=0.5),
-    "scale": Range(low=8.0, high=20.0),
-    "batch_events": [512, 1024, 2048],
-    "weight_decay": Range(low=1e-6, high=1e-2, log=True),
-}
-"""What mattered in the probes, around what worked on three data sets."""
-
-
 class Found(msgspec.Struct, frozen=True, kw_only=True):
     """What a study knows by now; the last line of `afterclick tune --json`."""
 
     metric: str
     value: float
-    """Of the best epoch of the best trial, as a fraction."""
+    """Of the best trial, as a fraction."""
     trial: int
     """Its number, from 0."""
     settings: dict[str, Value]
@@ -89,48 +67,10 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def read_space(path: Path) -> Space:
-    """Search space of a TOML file: `name = [values]` or `name = {low = …, high = …, log = …}`.
-
-    Raises:
-        ConfigError: it cannot be read, or is no search space.
-    """
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Space)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(
-            f"--space {path}: {error}; expected lines like units = [64, 128] or "
-            "learning_rate = {low = 0.001, high = 0.02, log = true}"
-        ) from error
-
-
-def check_space(space: Space, base: TrainingSettings) -> None:
-    """Try the ends of every range, and every value.
-
-    Raises:
-        ConfigError: an unknown setting, one that cannot be searched, or a value that it refuses.
-    """
-    if not space:
-        raise ConfigError("search space: expected at least one setting, got none")
-    for name, choice in space.items():
-        if name in UNTUNABLE:
-            raise ConfigError(
-                f"search space: {name!r} decides what is held out or where it is computed, so "
-                "trials could not be compared; give it by --config or its flag"
-            )
-        if isinstance(choice, Range) and not (0 if choice.log else -math.inf) < choice.low:
-            raise ConfigError(f"search space: {name}: with log, low must be above 0")
-        if isinstance(choice, Range) and not choice.low < choice.high:
-            raise ConfigError(f"search space: {name}: low {choice.low} is not below {choice.high}")
-        if not isinstance(choice, Range) and not choice:
-            raise ConfigError(f"search space: {name}: expected at least one value")
-        for value in grid_values(choice):
-            _with(base, {name: value})
-
-
 def tune(
-    data: Data,
+    source: Source,
     base: TrainingSettings,
+    serving: ServingSettings,
     folder: Path,
     *,
     space: Space | None = None,
@@ -144,26 +84,32 @@ def tune(
 ) -> Found:
     """Run trials until there are so many, and write the best settings after each.
 
+    The first trial has the settings of `base`, where the space holds them (not in a grid).
+
     Args:
-        data: what `pipeline.prepare` made under `base`; a validation part is needed.
+        source: clicks and items.
         base: settings that the space does not name.
+        serving: rules of the fold.
         folder: of the study; one that is there already is gone on with.
         space: what is searched; None takes `DEFAULT_SPACE`.
         method: of choosing the next trial; a `grid` ends by itself.
-        metric: of the validation part, which is made as large as possible.
+        metric: made as large as possible: of the blend on the newest fifth of what it is fitted
+            on, or, without a blend, of the model's best epoch on the validation part.
         trials: finished ones that the study shall hold in all, pruned ones included.
         minutes: begin no trial after so many.
-        prune: give a trial up after an epoch that lies below the median of the others' there.
+        prune: give a trial up after an epoch that lies below the median of the others' there. Where
+            a blend is judged, the epochs' hit rate of the model decides, which comes nearest.
         command: named in the file of the best settings.
         tell: given a line per trial.
 
     Raises:
         ConfigError: the space is not one, or the folder holds a study of something else.
-        ContractError: there is no validation part, or no trial succeeded.
+        ContractError: nothing to learn from, no validation part, or no trial succeeded.
     """
     started_s = time.monotonic()
     space = DEFAULT_SPACE if space is None else space
     check_space(space, base)
+    data = prepare(source, base, serving)
     if data.held is None:
         raise ContractError(
             "tune: nothing is held out, so no trial can be judged; set validation above 0 or bring "
@@ -175,17 +121,38 @@ def tune(
     for cut_off in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(cut_off.number, state=TrialState.FAIL)
 
+    if method != "grid" and not study.get_trials(deepcopy=False):
+        given = {name: getattr(settled(data, base), name) for name in space}
+        if all(holds(space[name], value) for name, value in given.items()):
+            study.enqueue_trial(given)
+
     def objective(trial: optuna.Trial) -> float:
-        settings = _with(base, {name: _suggest(trial, name, space[name]) for name in space})
+        drawn = {name: suggest(trial, name, space[name]) for name in space}
+        settings = settled(data, with_values(base, drawn))
 
         def on_epoch(epoch: Epoch) -> None:
-            trial.report(_value(epoch, metric), epoch.epoch)
+            trial.report(
+                _value(epoch, metric if base.blend == "off" else "hit_rate_20"), epoch.epoch
+            )
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        fitted = fit(data.train, data.held, len(data.item_ids), settings, on_epoch=on_epoch)
+        fitted = fit(
+            data.train,
+            data.held,
+            len(data.item_ids),
+            settings,
+            content=data.content,
+            on_epoch=on_epoch,
+        )
         trial.set_user_attr("best_epoch", fitted.best_epoch)
-        return max(_value(epoch, metric) for epoch in fitted.curve)
+        trial.set_user_attr("model", fitted.validation)
+        blend = blend_of(source, data, fitted, settings, serving, Silent())
+        if blend is None:
+            return max(_value(epoch, metric) for epoch in fitted.curve)
+        trial.set_user_attr("blend", blend.judged)
+        served = ("blend",) if base.blend == "on" else ("blend", "model_judged")
+        return max(blend.judged[row][metric] for row in served)
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         value = "" if trial.value is None else f" {metric} {100 * trial.value:.2f}"
@@ -233,19 +200,6 @@ def describe(found: Found) -> str:
     lines += [f"  {name:<16} {value:.6g}" if isinstance(value, float) else f"  {name:<16} {value}"
               for name, value in found.settings.items()]  # fmt: skip
     return "\n".join([*lines, f"afterclick train --config {found.config}"]) + "\n"
-
-
-def grid_values(choice: Range | Sequence[Value]) -> list[Value]:
-    """What a grid takes: every value, or a range's `points`."""
-    if not isinstance(choice, Range):
-        return list(choice)
-    ends = [choice.low, choice.high]
-    low, high = (math.log(end) for end in ends) if choice.log else ends
-    inner = [low + (high - low) * at / (choice.points - 1) for at in range(1, choice.points - 1)]
-    values = [ends[0], *(math.exp(at) if choice.log else at for at in inner), ends[1]]
-    if all(isinstance(end, int) for end in ends):
-        return sorted({round(value) for value in values})
-    return [float(value) for value in values]
 
 
 def toml_of(settings: Mapping[str, Any]) -> str:
@@ -298,23 +252,6 @@ def _value(epoch: Epoch, metric: Metric) -> float:
     return found
 
 
-def _suggest(trial: optuna.Trial, name: str, choice: Range | Sequence[Value]) -> Value:
-    if not isinstance(choice, Range):
-        chosen = trial.suggest_categorical(name, list(choice))
-        assert chosen is not None, "None is no choice"
-        return chosen
-    if isinstance(choice.low, int) and isinstance(choice.high, int):
-        return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
-    return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
-
-
-def _with(base: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
-    try:
-        return msgspec.convert({**msgspec.structs.asdict(base), **given}, TrainingSettings)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"search space: {dict(given)}: {error}") from error
-
-
 def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
@@ -332,7 +269,7 @@ def _write_best(
 ) -> None:
     """Replace the file whole: a study may be cut off at any time."""
     best, defaults = study.best_trial, msgspec.structs.asdict(TrainingSettings())
-    chosen = msgspec.structs.asdict(_with(base, best.params))
+    chosen = msgspec.structs.asdict(with_values(base, best.params))
     told = {name: value for name, value in chosen.items() if value != defaults[name]}
     seconds = sum(t.duration.total_seconds() for t in study.get_trials(deepcopy=False)
                   if t.duration is not None)  # fmt: skip

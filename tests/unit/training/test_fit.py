@@ -224,7 +224,7 @@ def test_the_last_passes_learn_from_everything_and_leave_the_figures_alone() -> 
 def test_training_once_more_is_a_run_of_its_own_over_everything() -> None:
     """It repeats what led to the best epoch, schedule included, on all data; figures stay."""
     log = build_log(ring(), history=50)
-    settings = quick(epochs=3, retrain=True)
+    settings = quick(epochs=3, retrain="on")
 
     without = run(quick(epochs=3))
     again = run(settings, everything=log.sequences)
@@ -393,3 +393,23 @@ def test_asking_for_a_gpu_without_one_fails() -> None:
     """Never a silent fall back to the CPU."""
     with pytest.raises(ConfigError, match="no GPU"):
         run(msgspec.structs.replace(quick(), device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("num_events", "share", "expected"),
+    [
+        (5_000, 0.0, (128, "off")),
+        (90_000, 0.049, (450, "off")),
+        (90_000, 0.05, (450, "on")),
+        (900_000, 0.0, (1024, "off")),
+    ],
+)
+def test_the_data_decides_what_nobody_else_did(
+    num_events: int, share: float, expected: tuple[int, str]
+) -> None:
+    """Short logs get their steps, and new items their passes; what was said stands."""
+    settled = TrainingSettings().settled(num_events, share)
+
+    assert (settled.batch_events, settled.retrain) == expected
+    said = TrainingSettings(batch_events=64, retrain="off")
+    assert said.settled(num_events, share) == said

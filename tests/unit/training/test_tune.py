@@ -9,10 +9,17 @@ import pytest
 
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.settings import ServingSettings
-from afterclick.training.pipeline import Data, prepare
+from afterclick.training.search_space import (
+    Range,
+    Space,
+    check_space,
+    grid_values,
+    holds,
+    read_space,
+)
 from afterclick.training.settings import TrainingSettings, training_settings
-from afterclick.training.sources import source_of
-from afterclick.training.tune import Found, Range, Space, check_space, grid_values, read_space, tune
+from afterclick.training.sources import Source, source_of
+from afterclick.training.tune import Found, tune
 from tests.unit.training.worlds import quick, ring
 
 RATES: Space = {"learning_rate": [1e-5, 0.02]}
@@ -24,18 +31,26 @@ def small(**given: Any) -> TrainingSettings:
 
 
 @pytest.fixture(scope="module")
-def data() -> Data:
-    source = source_of("ring", ring(num_users=40, num_items=12), None, None)  # type: ignore[arg-type]
-    return prepare(source, small(), ServingSettings())
+def source() -> Source:
+    return source_of("ring", ring(num_users=40, num_items=12))
 
 
-def study(data: Data, folder: Path, **given: Any) -> Found:
-    return tune(data, small(), folder, **{"space": RATES, "method": "grid", **given})
+def study(
+    source: Source, folder: Path, base: TrainingSettings | None = None, **given: Any
+) -> Found:
+    chosen = {"space": RATES, "method": "grid", **given}
+    return tune(source, base or small(), ServingSettings(), folder, **chosen)
 
 
-def test_the_better_setting_is_found_and_train_reads_it(data: Data, tmp_path: Path) -> None:
+def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(
+        study_name="tune", storage=f"sqlite:///{folder / 'study.sqlite'}"
+    ).trials
+
+
+def test_the_better_setting_is_found_and_train_reads_it(source: Source, tmp_path: Path) -> None:
     """The whole way: trials, file, settings of the next training."""
-    found = study(data, tmp_path)
+    found = study(source, tmp_path)
 
     assert found.settings == {"learning_rate": 0.02}
     assert (found.completed, found.pruned, found.failed) == (2, 0, 0)
@@ -45,38 +60,65 @@ def test_the_better_setting_is_found_and_train_reads_it(data: Data, tmp_path: Pa
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_study_that_was_cut_off_goes_on(data: Data, tmp_path: Path) -> None:
+def test_a_study_that_was_cut_off_goes_on(source: Source, tmp_path: Path) -> None:
     """One trial, then a process that died in the second, then the rest: nothing is done twice."""
     space: Space = {"learning_rate": Range(low=1e-3, high=2e-2, log=True)}
-    first = study(data, tmp_path, space=space, method="random", trials=1)
-    left = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.sqlite'}")
-    left.ask()
+    first = study(source, tmp_path, space=space, method="random", trials=1)
+    optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.sqlite'}").ask()
 
-    whole = study(data, tmp_path, space=space, method="random", trials=3)
+    whole = study(source, tmp_path, space=space, method="random", trials=3)
 
     assert (first.completed, whole.completed, whole.failed) == (1, 3, 1)
-    trials = optuna.load_study(
-        study_name="tune", storage=f"sqlite:///{tmp_path / 'study.sqlite'}"
-    ).trials
-    rates = [trial.params["learning_rate"] for trial in trials if trial.params]
+    rates = [trial.params["learning_rate"] for trial in trials_of(tmp_path) if trial.params]
     assert len(set(rates)) == 3
-    assert study(data, tmp_path, space=space, method="random", trials=3).completed == 3
+    assert study(source, tmp_path, space=space, method="random", trials=3).completed == 3
     with pytest.raises(ConfigError, match="name another folder"):
-        study(data, tmp_path)
+        study(source, tmp_path)
 
 
-def test_hopeless_trials_are_given_up_early(data: Data, tmp_path: Path) -> None:
+def test_hopeless_trials_are_given_up_early(source: Source, tmp_path: Path) -> None:
     """After an epoch below the median of five others."""
     space: Space = {"dropout": [0.0, 0.02, 0.04, 0.06, 0.08], "clip": [1.0, 1e-9]}
-    base = small(epochs=3)
-    tune(data, base, tmp_path, space=space, method="grid", trials=10)
+    base = small(epochs=3, blend="off")
+    study(source, tmp_path, base, space=space, trials=10)
 
-    trials = optuna.load_study(
-        study_name="tune", storage=f"sqlite:///{tmp_path / 'study.sqlite'}"
-    ).trials
-    pruned = [trial for trial in trials if trial.state == optuna.trial.TrialState.PRUNED]
+    pruned = [
+        trial for trial in trials_of(tmp_path) if trial.state == optuna.trial.TrialState.PRUNED
+    ]
     assert pruned
     assert all(len(trial.intermediate_values) < base.epochs for trial in pruned)
+
+
+def test_the_blend_is_judged_where_a_release_would_have_one(tmp_path: Path) -> None:
+    """Not the model alone: of two models the one is found on which the better blend stands, and
+    the file says so. `blend_decay` is nothing to the model, so only the blend can tell them apart.
+    """
+    source = source_of("ring", ring(num_users=80))
+    base = small(validation=0.4, blend="on", blend_epochs=4)
+    found = study(source, tmp_path, base, space={"blend_units": [1, 32]}, metric="hit_rate_20")
+
+    trials = trials_of(tmp_path)
+    model = [trial.user_attrs["model"]["hit_rate_20"] for trial in trials]
+    blend = {trial.params["blend_units"]: trial.value for trial in trials}
+    assert model[0] == model[1]
+    assert blend[32] != blend[1]
+    assert found.value == max(blend.values()) > model[0]
+    assert [trial.user_attrs["blend"]["blend"]["hit_rate_20"] for trial in trials] == [
+        trial.value for trial in trials
+    ]
+
+
+def test_what_is_given_is_the_first_trial(source: Source, tmp_path: Path) -> None:
+    """A study never ends below the settings that it began with, where the space holds them."""
+    space: Space = {"learning_rate": Range(low=1e-6, high=2e-2, log=True), "units": [4, 8]}
+    study(source, tmp_path / "held", space=space, method="tpe", trials=2)
+    study(source, tmp_path / "not", space={**space, "units": [4]}, method="tpe", trials=1)
+
+    first, second = trials_of(tmp_path / "held")
+    assert first.params == {"learning_rate": 0.02, "units": 8}
+    assert second.params["learning_rate"] != 0.02
+    assert trials_of(tmp_path / "not")[0].params["learning_rate"] != 0.02
+    assert not holds(Range(low=1, high=2), "lstm")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +128,7 @@ def test_hopeless_trials_are_given_up_early(data: Data, tmp_path: Path) -> None:
         ({"unitz": [1]}, "unitz"),
         ({"units": [1]}, "units"),
         ({"validation": [0.1, 0.2]}, "held out"),
+        ({"final_epochs": [1, 2]}, "no effect"),
         ({"dropout": Range(low=0.5, high=0.5)}, "not below"),
         ({"scale": Range(low=0, high=5, log=True)}, "above 0"),
     ],
@@ -113,9 +156,9 @@ def test_the_space_is_a_small_file(tmp_path: Path) -> None:
         read_space(path)
 
 
-def test_the_file_of_the_best_is_plain_toml(data: Data, tmp_path: Path) -> None:
+def test_the_file_of_the_best_is_plain_toml(source: Source, tmp_path: Path) -> None:
     """Its head says what made it."""
-    found = study(data, tmp_path, command="afterclick tune --clicks x.csv")
+    found = study(source, tmp_path, command="afterclick tune --clicks x.csv")
 
     text = Path(found.config).read_text(encoding="utf-8")
     assert text.startswith("# afterclick tune --clicks x.csv\n# Best of 2 trials")
