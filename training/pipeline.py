@@ -56,7 +56,7 @@ from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
 from afterclick.training.text import Content, content_of
-from afterclick.training.walk import STAGES, World, knowledge_of, walk
+from afterclick.training.walk import STAGES, World, knowledge_of, questions_of, walk
 from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
@@ -389,8 +389,9 @@ def blend_of(
     )
     # Of tails, what comes later in one sequence comes before the tail of another.
     live = live and data.train.time_P is not None and settings.split != "tails"
+    world = World(data.everything, data.item_ids, source.items, data.content)
     if live:
-        world = _world(source, data, fitted)
+        world = _begun(world, data, fitted)
         steps = walk(world, settings, history=serving.history, filter_seen=serving.filter_seen)
         try:
             stages = _told(steps.stages, teller)
@@ -401,7 +402,7 @@ def blend_of(
             log.info("no blend: before its predictions no user has two clicks")
             return None
     else:
-        question = _validation_question(source, data, held, asked, fitted, settings, serving)
+        question = _validation_question(world, data, asked, fitted, settings, serving)
         timed = question.asked.time_X is not None
         blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
     teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
@@ -414,9 +415,8 @@ def _told(stages: Iterator[Stage], teller: Teller) -> Iterator[Stage]:
         yield stage
 
 
-def _world(source: Source, data: Data, fitted: Fitted) -> World:
+def _begun(world: World, data: Data, fitted: Fitted) -> World:
     """With the best epoch's model, where the training part is all that came before the rest."""
-    world = World(data.everything, data.item_ids, source.items, data.content)
     time_P, oldest_P = data.everything.time_P, data.train.time_P
     assert time_P is not None
     assert oldest_P is not None
@@ -428,9 +428,8 @@ def _world(source: Source, data: Data, fitted: Fitted) -> World:
 
 
 def _validation_question(
-    source: Source,
+    world: World,
     data: Data,
-    held: Held,
     asked: Held,
     fitted: Fitted,
     settings: TrainingSettings,
@@ -440,14 +439,12 @@ def _validation_question(
     model = fitted.model
     final = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(fitted.validation_state)
-    tables = build_tables(model, data.item_ids, _clicked(data.train, data), source.items)
-    step_ND = torch.from_numpy(tables.step_ND).to(model.bias.device)
-    query_XD = model_queries(model, held, step_ND)
-    model.load_state_dict(final)
     memory = _memory(data.train, data, settings)
-    question = asked_of(
-        asked, query_XD, memory, history=serving.history, filter_seen=serving.filter_seen
+    known_N = _clicked(data.train, data)
+    question, tables = questions_of(
+        model, asked, known_N, world, memory, serving.history, serving.filter_seen
     )
+    model.load_state_dict(final)
     return Stage(question, knowledge_of(memory, tables))
 
 

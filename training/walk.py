@@ -113,7 +113,7 @@ def walk(
             known_N |= np.bincount(newest.item_P, minlength=len(known_N)) > 0
             memory.index(before.start_S1, before.item_P, before.time_P, settings.blend_sessions)
             held = Held(log, (rank_P >= low) & (rank_P < high))
-            asked, tables = _questions(model, held, known_N, world, memory, history, filter_seen)
+            asked, tables = questions_of(model, held, known_N, world, memory, history, filter_seen)
             tables = tables._replace(rows=_published_by(tables.rows, int(ms_M[high - 1])))
             yield Stage(asked, knowledge_of(memory, tables))
 
@@ -139,7 +139,7 @@ def _learnt(
     return fit(part, None, len(world.item_ids), settings, content=content, start=start).model
 
 
-def _questions(
+def questions_of(
     model: Recommender,
     held: Held,
     known_N: npt.NDArray[np.bool_],
@@ -148,11 +148,24 @@ def _questions(
     history: int,
     filter_seen: bool,
 ) -> tuple[Asked, Tables]:
+    """What a model is asked, and the tables that it answers with.
+
+    Args:
+        model: as it is.
+        held: what is predicted.
+        known_N: items that the model has met; it does not step on those that say nothing, either.
+        world: its items.
+        memory: knows the items.
+        history: interactions that a record keeps.
+        filter_seen: what stands earlier in the sequence may not be listed.
+    """
     tables = build_tables(model, world.item_ids, known_N, world.details)
     if world.content is not None:
         known_N = known_N | world.content.speaking(known_N)
     sequences = held.sequences
-    stepped_P = np.where(known_N[sequences.item_P], sequences.item_P, UNKNOWN)
+    item_P = sequences.item_P
+    known_P = (item_P != UNKNOWN) & known_N[np.maximum(item_P, 0)]
+    stepped_P = np.where(known_P, item_P, UNKNOWN)
     step_ND = torch.from_numpy(tables.step_ND).to(model.bias.device)
     stepped = Held(sequences._replace(item_P=stepped_P), held.target_P)
     query_XD = model_queries(model, stepped, step_ND)
