@@ -4,7 +4,7 @@ runs.
 A new publication is loaded beside the running one, verified, self-tested, warmed and given the
 items and signals that came since it was trained; then one reference is swapped between two chunks.
 A release that fails its checks is refused by name and the old one stays. Items are applied between
-two chunks too, at most once a second, so that the inputs list can name the state of the catalogue
+two chunks too, at most twice a second, so that the inputs list can name the state of the catalogue
 that each chunk was folded with.
 
 Knows no partition, Redis record or Faust.
@@ -34,9 +34,9 @@ from afterclick.streams.record import DeadLetter, Record
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.signals import Absorber
 
-ITEMS_EVERY_S = 1.0
+ITEMS_EVERY_S = 0.5
 """Least time between two changes of the catalogue; each one is an entry in every partition's
-inputs.
+inputs. Half of the second within which a new item shall be scorable.
 """
 
 log = logging.getLogger(__name__)
