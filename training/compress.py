@@ -42,7 +42,8 @@ from afterclick.serving.settings import ServingSettings
 from afterclick.training.data import Columns, build_log
 from afterclick.training.distillation import rows_of, teacher_guide
 from afterclick.training.export import Histories, advance_whole, real_histories
-from afterclick.training.pipeline import prepare, release_id, train_release
+from afterclick.training.pipeline import release_id, train_release
+from afterclick.training.prepare import prepare
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.smaller_graphs import matrices_int8, pruned, weights_int8
 from afterclick.training.sources import Source

@@ -174,3 +174,13 @@ def diversity(top_XK: I64, vector_ND: npt.NDArray[np.floating]) -> float:
 
 def _shown(top_XK: I64, num_items: int) -> I64:
     return np.bincount(top_XK[top_XK != NOTHING], minlength=num_items)
+
+
+def headlines(metrics: dict[str, dict[str, float]]) -> dict[str, float | dict[str, float]]:
+    """Per method HR@20 and MRR@20, and how many predictions stand behind them."""
+    shown: dict[str, float | dict[str, float]] = {
+        method: {name: values[name] for name in ("hit_rate_20", "mrr_20")}
+        for method, values in metrics.items()
+    }
+    shown["predictions"] = next(iter(metrics.values()))["predictions"]
+    return shown

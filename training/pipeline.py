@@ -4,59 +4,48 @@ Knows no command line. Order: fold's rules, split, fit, baselines, tables, files
 report. Nothing is published before the gate has passed.
 """
 
-import copy
 import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from afterclick.serving.errors import ConfigError, ContractError
-from afterclick.serving.manifest import Compression, ItemRow, Manifest
-from afterclick.serving.memory import Memory, memory_of
+from afterclick.serving.manifest import Compression, Manifest
+from afterclick.serving.memory import Memory
 from afterclick.serving.releases import ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.training import peers
 from afterclick.training.baselines import evaluate_baselines
+from afterclick.training.blended import blend_of, memory_for
+from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.blending import (
-    PREDICTIONS_MIN,
-    Stage,
     asked_of,
     blend_rankings,
-    fit_blend,
 )
-from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.cells import EXPORTED
 from afterclick.training.data import (
-    UNKNOWN,
     Columns,
-    Held,
-    Sequences,
     build_log,
     held_out,
-    newest,
     recode,
-    split,
 )
 from afterclick.training.evaluate import model_queries, model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
 from afterclick.training.fit import Epoch, Fitted, Guide, fit
-from afterclick.training.metrics import Ranking, rates
+from afterclick.training.metrics import Ranking, headlines, rates
 from afterclick.training.model import Recommender
+from afterclick.training.prepare import Data, clicked, prepare, settled
 from afterclick.training.progress import Silent, Teller
 from afterclick.training.report import write_report
 from afterclick.training.settings import TrainingSettings
 from afterclick.training.sources import Source
-from afterclick.training.text import Content, content_of
-from afterclick.training.walk import STAGES, World, knowledge_of, questions_of, walk
+from afterclick.training.walk import knowledge_of
 from afterclick.training.warm import load_weights, save_weights
 
 REPORTS = "reports"
@@ -91,19 +80,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     num_duplicates: int
     curve: list[Epoch]
     seconds: float
-
-
-class Data(NamedTuple):
-    """What a run learns from and is judged by; codes are rows of `item_ids`."""
-
-    item_ids: list[str]
-    train: Sequences
-    held: Held | None
-    everything: Sequences
-    content: Content | None
-    num_duplicates: int
-    asked: Held | None = None
-    """`held`, but items that the training part lacks by their own codes."""
 
 
 def train_release(
@@ -166,11 +142,11 @@ def train_release(
     if blend is not None:
         metrics.update(blend.judged)
         blend = blend if blend.helps or settings.blend == "on" else None
-    trained_N = _clicked(data.everything if settings.all_epochs else data.train, data)
+    trained_N = clicked(data.everything if settings.all_epochs else data.train, data)
     tables = build_tables(fitted.model, data.item_ids, trained_N, source.items)
     memory = None
     if blend is not None:
-        memory = _memory(data.everything, data, settings)
+        memory = memory_for(data.everything, data, settings)
         on_blend(blend)
     tested = _test(test, data, fitted, tables, blend, memory, serving, teller)
     release, publication, report = "", None, Path()
@@ -215,60 +191,6 @@ def train_release(
 def release_id(now: datetime) -> str:
     """Name of a release: when it was made, and four letters so that two never meet."""
     return f"{now:%Y-%m-%dT%H-%M-%SZ}-{secrets.token_hex(2)}"
-
-
-def prepare(source: Source, settings: TrainingSettings, serving: ServingSettings) -> Data:
-    """Apply the fold's rules, code the items, hold out the newest part.
-
-    Raises:
-        ContractError: no click is left, or no item has clicks enough.
-    """
-    whole = build_log(source.columns, history=serving.history, idle_ttl_s=serving.idle_ttl_s)
-    item_ids = sorted({*whole.item_ids, *source.items})
-    sequences = recode(whole, item_ids)
-    count_N = np.bincount(sequences.item_P, minlength=len(item_ids))
-    sequences = _forget_items(sequences, count_N >= settings.item_min_count)
-    train, held = split(sequences, settings.validation, settings.split)
-    train = train.select(train.item_P != UNKNOWN)
-    everything = sequences.select(sequences.item_P != UNKNOWN)
-    if not train.num_events:
-        raise ContractError(
-            f"training: no item has {settings.item_min_count} clicks (item_min_count) before the "
-            "validation part",
-            reason="no-transitions",
-        )
-    content = None
-    if settings.content:
-        rows = [source.items.get(item_id) or ItemRow(item_id=item_id) for item_id in item_ids]
-        content = content_of(rows, settings.content_buckets)
-    asked = None
-    if held is not None:
-        known_N = np.bincount(train.item_P, minlength=len(item_ids)) > 0
-        if content is not None:
-            known_N |= content.speaking(known_N)
-        asked = newest(held, settings.validation_events_max)
-        held = Held(_forget_items(asked.sequences, known_N), asked.target_P)
-        held = held if held.target_P.any() else None
-    return Data(item_ids, train, held, everything, content, whole.num_duplicates, asked)
-
-
-def settled(data: Data, settings: TrainingSettings) -> TrainingSettings:
-    """The settings with what the data decides of them."""
-    share = 0.0
-    if data.held is not None:
-        item_X = data.held.sequences.item_P[data.held.target_P]
-        share = float((item_X == UNKNOWN).mean())
-    return settings.settled(data.train.num_events, share)
-
-
-def _forget_items(sequences: Sequences, known_N: npt.NDArray[np.bool_]) -> Sequences:
-    item_P = sequences.item_P
-    known_P = (item_P != UNKNOWN) & known_N[np.maximum(item_P, 0)]
-    return sequences._replace(item_P=np.where(known_P, item_P, UNKNOWN))
-
-
-def _clicked(part: Sequences, data: Data) -> npt.NDArray[np.bool_]:
-    return np.bincount(part.item_P, minlength=len(data.item_ids)) > 0
 
 
 def _start(
@@ -356,102 +278,8 @@ def _metrics(
     )
     # No `ewma` here: the last epochs have shown the item vectors what was held out.
     metrics = {"model": fitted.validation, **_rates(baselines)}
-    teller.stage("baselines", **_flat(metrics))
+    teller.stage("baselines", **headlines(metrics))
     return metrics
-
-
-def blend_of(
-    source: Source,
-    data: Data,
-    fitted: Fitted,
-    settings: TrainingSettings,
-    serving: ServingSettings,
-    teller: Teller,
-) -> FittedBlend | None:
-    """A blend fitted on what the model had not met; None where that is too little, or no wish.
-
-    Raises:
-        ConfigError: it was asked for and there are too few predictions.
-    """
-    held, asked = data.held, data.asked
-    if settings.blend == "off":
-        return None
-    if held is None or asked is None or held.target_P.sum() < PREDICTIONS_MIN:
-        if settings.blend == "on":
-            raise ConfigError(
-                f"blend: 'on' needs {PREDICTIONS_MIN} validation predictions, and there are "
-                f"{0 if held is None else held.target_P.sum()}; raise `validation`, or set 'auto'"
-            )
-        log.info("no blend: fewer than %d validation predictions", PREDICTIONS_MIN)
-        return None
-    live = settings.blend_memory == "live" or (
-        settings.blend_memory == "auto" and source.snapshot.source.startswith("kafka:")
-    )
-    # Of tails, what comes later in one sequence comes before the tail of another.
-    live = live and data.train.time_P is not None and settings.split != "tails"
-    world = World(data.everything, data.item_ids, source.items, data.content)
-    if live:
-        world = _begun(world, data, fitted)
-        steps = walk(world, settings, history=serving.history, filter_seen=serving.filter_seen)
-        try:
-            stages = _told(steps.stages, teller)
-            blend = fit_blend(stages, steps.num, settings, arrivals=steps.arrivals)
-        except ContractError as error:
-            if error.reason != "no-transitions" or settings.blend == "on":
-                raise
-            log.info("no blend: before its predictions no user has two clicks")
-            return None
-    else:
-        question = _validation_question(world, data, asked, fitted, settings, serving)
-        timed = question.asked.time_X is not None
-        blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
-    teller.stage("blend", helps=blend.helps, **_flat(blend.judged))
-    return blend
-
-
-def _told(stages: Iterator[Stage], teller: Teller) -> Iterator[Stage]:
-    for number, stage in enumerate(stages, 1):
-        teller.stage("walk", number=number, stages=STAGES, predictions=len(stage.asked.target_X))
-        yield stage
-
-
-def _begun(world: World, data: Data, fitted: Fitted) -> World:
-    """With the best epoch's model, where the training part is all that came before the rest."""
-    time_P, oldest_P = data.everything.time_P, data.train.time_P
-    assert time_P is not None
-    assert oldest_P is not None
-    if not np.array_equal(np.sort(time_P)[: len(oldest_P)], np.sort(oldest_P)):
-        return world
-    learnt = copy.deepcopy(fitted.model)
-    learnt.load_state_dict(fitted.validation_state)
-    return world._replace(learnt=learnt, num_learnt=len(oldest_P))
-
-
-def _validation_question(
-    world: World,
-    data: Data,
-    asked: Held,
-    fitted: Fitted,
-    settings: TrainingSettings,
-    serving: ServingSettings,
-) -> Stage:
-    """What was held out, asked of the best epoch's model and the memory of the training part."""
-    model = fitted.model
-    final = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(fitted.validation_state)
-    memory = _memory(data.train, data, settings)
-    known_N = _clicked(data.train, data)
-    question, tables = questions_of(
-        model, asked, known_N, world, memory, serving.history, serving.filter_seen
-    )
-    model.load_state_dict(final)
-    return Stage(question, knowledge_of(memory, tables))
-
-
-def _memory(part: Sequences, data: Data, settings: TrainingSettings) -> Memory:
-    return memory_of(
-        data.item_ids, part.start_S1, part.item_P, part.time_P, per_item=settings.blend_sessions
-    )
 
 
 def _test(
@@ -496,7 +324,7 @@ def _test(
         )
         own = blend_rankings(asked, knowledge_of(memory, tables), blend.spec, blend.scorers)
     tested = {**_rates(own), "model": rates(rank_X), **_rates(baselines)}
-    teller.stage("test", **_flat(tested))
+    teller.stage("test", **headlines(tested))
     return tested
 
 
@@ -556,16 +384,6 @@ def _outcome_of(tested: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     for method, values in tested.items():
         found[method] = {name: values[name] for name in names}
     return found
-
-
-def _flat(metrics: dict[str, dict[str, float]]) -> dict[str, float | dict[str, float]]:
-    """Per method HR@20 and MRR@20, and how many predictions stand behind them."""
-    shown: dict[str, float | dict[str, float]] = {
-        method: {name: values[name] for name in ("hit_rate_20", "mrr_20")}
-        for method, values in metrics.items()
-    }
-    shown["predictions"] = next(iter(metrics.values()))["predictions"]
-    return shown
 
 
 def _store(serving: ServingSettings) -> ReleaseStore:

@@ -19,8 +19,9 @@ from optuna.trial import TrialState
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.settings import ServingSettings
+from afterclick.training.blended import blend_of
 from afterclick.training.fit import Epoch, fit
-from afterclick.training.pipeline import Data, blend_of, prepare, settled
+from afterclick.training.prepare import Data, prepare, settled
 from afterclick.training.progress import Silent
 from afterclick.training.search_space import (
     DEFAULT_SPACE,
