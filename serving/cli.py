@@ -273,7 +273,7 @@ def _describe_release(manifest: Manifest) -> str:
     lines = [
         f"release   {manifest.release}",
         f"created   {manifest.created_at}",
-        f"cell      {manifest.cell}, state {state}",
+        f"cell      {manifest.cell}, state {state}, {manifest.state_dtype}",
         f"items     {manifest.num_items}",
         f"snapshot  {manifest.snapshot.source}, {manifest.snapshot.num_events} events",
     ]

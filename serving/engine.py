@@ -93,6 +93,7 @@ class Engine:
         self, folder: Path, manifest: Manifest, *, provider: str = "auto", threads: int = 0
     ) -> None:
         self.manifest = manifest
+        self._kept = np.float16 if manifest.state_dtype == "fp16" else np.float32
         self.provider = choose_provider(provider)
         self._step = session_of(folder / STEP_NAME, self.provider, threads, unpack=True)
         self._query = session_of(folder / QUERY_NAME, self.provider, threads)
@@ -111,6 +112,16 @@ class Engine:
         """(B, S) zeros: the state of a user without a step."""
         return np.zeros((num_users, self.manifest.state_floats), np.float32)
 
+    def unpacked(self, states: Sequence[bytes]) -> F32:
+        """(B, S) states of some records; an empty one is the zero state."""
+        zero = bytes(self.manifest.state_bytes)
+        joined = np.frombuffer(b"".join(state or zero for state in states), self._kept)
+        return joined.reshape(len(states), -1).astype(np.float32, copy=False)
+
+    def packed(self, state_BS: F32) -> list[bytes]:
+        """What records hold of these states: exactly them, as `advance` has rounded them."""
+        return [state_S.tobytes() for state_S in state_BS.astype(self._kept, copy=False)]
+
     def advance(
         self,
         state_BS: F32,
@@ -121,7 +132,44 @@ class Engine:
         gap_TB: I64 | None = None,
         hour_TB: I64 | None = None,
     ) -> F32:
-        """Advance every user by `lens_B` steps in one call.
+        """Advance every user by `lens_B` steps, and round as the release says after each of them:
+        so it does not matter whether a state was in a record or in memory in between.
+
+        Arguments and result are those of `run_steps`.
+        """
+        if self.manifest.state_dtype == "fp32":
+            return self.run_steps(
+                state_BS, x_TBE, lens_B, event_TB=event_TB, gap_TB=gap_TB, hour_TB=hour_TB
+            )
+        state_BS = state_BS.copy()
+        for step in range(int(lens_B.max())):
+            user_B = np.flatnonzero(lens_B > step)
+            event_1B, gap_1B, hour_1B = (
+                None if codes_TB is None else codes_TB[step : step + 1, user_B]
+                for codes_TB in (event_TB, gap_TB, hour_TB)
+            )
+            after_BS = self.run_steps(
+                state_BS[user_B],
+                x_TBE[step : step + 1, user_B],
+                np.ones(len(user_B), np.int32),
+                event_TB=event_1B,
+                gap_TB=gap_1B,
+                hour_TB=hour_1B,
+            )
+            state_BS[user_B] = after_BS.astype(self._kept)
+        return state_BS
+
+    def run_steps(
+        self,
+        state_BS: F32,
+        x_TBE: F32,
+        lens_B: I32,
+        *,
+        event_TB: I64 | None = None,
+        gap_TB: I64 | None = None,
+        hour_TB: I64 | None = None,
+    ) -> F32:
+        """What the step graph gives for `lens_B` steps of every user in one call, not rounded.
 
         Args:
             state_BS: states before, as records hold them.

@@ -33,6 +33,9 @@ from afterclick.serving.errors import BAD_JSON, ContractError
 SCHEMA = 1
 """Version of this contract; a worker refuses a release of another one."""
 
+SCHEMA_FP16 = 2
+"""The same with states rounded to float16: a worker that knows only 1 would fold to other bits."""
+
 MANIFEST_NAME = "manifest.json"
 STEP_NAME = "step.onnx"
 QUERY_NAME = "query.onnx"
@@ -174,6 +177,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     scan_dim: Annotated[int, Meta(ge=1)]
     """D."""
     state: list[StateTensor]
+    state_dtype: Literal["fp32", "fp16"] = "fp32"
+    """What every state is rounded to after each step, and what records hold of it."""
     inputs: StepInputs
     history: Annotated[int, Meta(ge=1)]
     """Longest history the model was trained on."""
@@ -205,6 +210,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def state_floats(self) -> int:
         """Floats of state in one user record."""
         return sum(tensor.layers * tensor.units for tensor in self.state)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of them."""
+        return self.state_floats * (2 if self.state_dtype == "fp16" else 4)
 
 
 class ItemRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -265,9 +275,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise ContractError(f"{where}: no {MANIFEST_NAME}", reason="torn") from error
     except BAD_JSON as error:
         raise ContractError(f"{where}: {MANIFEST_NAME}: {error}", reason="manifest") from error
-    if manifest.schema != SCHEMA:
+    expected = schema_of(manifest.state_dtype)
+    if manifest.schema != expected:
         raise ContractError(
-            f"{where}: schema {manifest.schema}, this worker reads {SCHEMA}", reason="schema"
+            f"{where}: schema {manifest.schema}, this worker reads {expected} where states are "
+            f"{manifest.state_dtype}",
+            reason="schema",
+        )
+    if manifest.state_bytes % 4:
+        raise ContractError(
+            f"{where}: {manifest.state_floats} floats of state in {manifest.state_bytes} bytes, "
+            "records hold whole words of 4; fp16 needs an even number of units",
+            reason="manifest",
         )
     if manifest.release != folder.name:
         raise ContractError(
@@ -285,6 +304,11 @@ def read_manifest(folder: Path) -> Manifest:
             reason="manifest",
         )
     return manifest
+
+
+def schema_of(state_dtype: Literal["fp32", "fp16"]) -> int:
+    """The schema that a release whose states are kept so has."""
+    return SCHEMA_FP16 if state_dtype == "fp16" else SCHEMA
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

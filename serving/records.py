@@ -8,15 +8,16 @@ User record, little-endian:
 
     u8  version = 1        u8  reserved = 0      u16 interactions n
     u32 publication        u32 steps             u32 clicks
-    i64 last_ms            u16 state floats S    u16 reserved = 0
-    S × float32            state, tensor after tensor as the manifest lists them
+    i64 last_ms            u16 state words S     u16 reserved = 0
+    S × 4 bytes            state, tensor after tensor as the manifest lists them: float32, or
+                           float16 where the publication's release says so
     n × 14 bytes           interactions, oldest first: u64 item hash, u32 tag, u16 traits
 
 `tag` is crc32 of the event and its event id (without one: its timestamp): the repeat check.
 `traits`
 packs event code (5 bits), gap bucket (5), hour of day UTC (5) and whether the state was reset
 before it (1).
-With S = 256 (H 128) and n = 50 a record is 1,752 bytes.
+At H 128 and n = 50 a record has 1,752 bytes, 1,240 of float16.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class UserRecord(NamedTuple):
     last_ms: int = 0
     """Event time of the last interaction."""
     state: bytes = b""
-    """float32, little-endian; empty means the zero state."""
+    """Little-endian, as the publication's release keeps it; empty means the zero state."""
     interactions: bytes = b""
     """Packed interactions, oldest first."""
 
@@ -100,15 +101,15 @@ def decode_record(data: bytes) -> UserRecord:
         raise ContractError(
             f"user record: expected at least {_HEADER.size} bytes, got {len(data)}", reason="record"
         )
-    version, _, n, publication, steps, clicks, last_ms, floats, _ = _HEADER.unpack_from(data)
+    version, _, n, publication, steps, clicks, last_ms, words, _ = _HEADER.unpack_from(data)
     if version != RECORD_VERSION:
         raise ContractError(
             f"user record: version {version}, this worker reads {RECORD_VERSION}", reason="record"
         )
-    middle = _HEADER.size + 4 * floats
+    middle = _HEADER.size + 4 * words
     if len(data) != middle + n * INTERACTION_BYTES:
         raise ContractError(
-            f"user record: {floats} floats and {n} interactions need "
+            f"user record: {words} words of state and {n} interactions need "
             f"{middle + n * INTERACTION_BYTES} bytes, got {len(data)}",
             reason="record",
         )

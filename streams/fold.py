@@ -439,25 +439,22 @@ def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -
         groups.setdefault((len(own) - 1).bit_length(), []).append(at)
     after = [b""] * len(steps)
     engine, vectors_NE = release.engine, release.catalog.step_vectors_NE
-    zero = engine.zero_state(1).tobytes()
     for members in groups.values():
         lens_B = np.array([len(steps[at]) for at in members], np.int32)
         step_TB4 = np.zeros((int(lens_B.max()), len(members), len(Step._fields)), np.int64)
         for user, at in enumerate(members):
             step_TB4[: len(steps[at]), user] = steps[at]
         rows_TB, event_TB, gap_TB, hour_TB = np.ascontiguousarray(step_TB4.transpose(2, 0, 1))
-        joined = b"".join(states[at] or zero for at in members)
-        state_BS = np.frombuffer(joined, np.float32).reshape(len(members), -1)
         state_BS = engine.advance(
-            state_BS,
+            engine.unpacked([states[at] for at in members]),
             vectors_NE[rows_TB],
             lens_B,
             event_TB=event_TB,
             gap_TB=gap_TB,
             hour_TB=hour_TB,
         )
-        for user, at in enumerate(members):
-            after[at] = state_BS[user].tobytes()
+        for at, state in zip(members, engine.packed(state_BS), strict=True):
+            after[at] = state
     return after
 
 
@@ -519,9 +516,7 @@ def _finish(
 def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked]:
     if not drafts:
         return []
-    zero = release.engine.zero_state(1).tobytes()
-    joined = b"".join(draft.state or zero for draft in drafts)
-    states_BS = np.frombuffer(joined, np.float32).reshape(len(drafts), -1)
+    states_BS = release.engine.unpacked([draft.state for draft in drafts])
     seen = None
     if inputs.rules.filter_seen:
         seen = [_hashes(draft) for draft in drafts]

@@ -484,10 +484,10 @@ class PartitionFold:
             record = decode_record(data)
             serving = self._serving()
             if record.publication == serving.publication and serving.release and record.state:
-                wanted = serving.release.engine.manifest.state_floats
-                if len(record.state) != 4 * wanted:
+                wanted = serving.release.engine.manifest.state_bytes
+                if len(record.state) != wanted:
                     raise ContractError(
-                        f"user record: state of {len(record.state) // 4} floats, release "
+                        f"user record: state of {len(record.state)} bytes, release "
                         f"{serving.name} has {wanted}",
                         reason="record",
                     )

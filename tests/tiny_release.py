@@ -7,6 +7,7 @@ Weights are large enough that states and lists move visibly with every click.
 import hashlib
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -26,7 +27,6 @@ from afterclick.serving.manifest import (
     MEMORY_NAME,
     QUERY_NAME,
     SCAN_VECTORS_NAME,
-    SCHEMA,
     SELF_TEST_NAME,
     STEP_NAME,
     STEP_VECTORS_NAME,
@@ -38,6 +38,7 @@ from afterclick.serving.manifest import (
     Snapshot,
     StateTensor,
     StepInputs,
+    schema_of,
     sha256_of,
 )
 from afterclick.serving.memory import memory_of
@@ -62,6 +63,7 @@ def write_tiny_release(
     blend: bool = False,
     blend_log: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     encoder: bool = False,
+    state_dtype: Literal["fp32", "fp16"] = "fp32",
 ) -> Manifest:
     """Write a complete release into `folder`, whose name is its id.
 
@@ -83,7 +85,7 @@ def write_tiny_release(
     onnx.save(_step_graph(rng, units), folder / STEP_NAME)
     onnx.save(_query_graph(units), folder / QUERY_NAME)
     manifest = Manifest(
-        schema=SCHEMA,
+        schema=schema_of(state_dtype),
         release=folder.name,
         created_at="2026-01-01T00:00:00Z",
         cell="lstm",
@@ -91,6 +93,7 @@ def write_tiny_release(
         step_dim=units,
         scan_dim=units + 1,
         state=[StateTensor(name=name, layers=1, units=units) for name in ("h", "c")],
+        state_dtype=state_dtype,
         inputs=StepInputs(gap=True),
         history=50,
         snapshot=Snapshot(source="random"),
@@ -144,7 +147,7 @@ def _write_self_test(folder: Path, manifest: Manifest, rng: np.random.Generator)
         "state": rng.standard_normal((num_users, manifest.state_floats)).astype(np.float32) * 0.1,
     }
     feed["state"] = feed["state"].astype(np.float32)
-    after = engine.advance(feed["state"], feed["x"], feed["lens"], gap_TB=feed["gap"])
+    after = engine.run_steps(feed["state"], feed["x"], feed["lens"], gap_TB=feed["gap"])
     if manifest.blend is not None:
         feed["blend_features"] = rng.standard_normal((8, len(FEATURES))).astype(np.float32)
         feed["blend_score"] = Blend(folder, manifest).scores(feed["blend_features"])

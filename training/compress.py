@@ -159,7 +159,7 @@ def measure(job: Job, loaded: LoadedRelease, folder: Path) -> Measured:
         graph_bytes=float(sum(map(len, graphs))),
         packed_bytes=float(sum(len(zlib.compress(data)) for data in graphs)),
         release_bytes=float(sum((folder / name).stat().st_size for name in loaded.manifest.files)),
-        state_bytes=4.0 * loaded.manifest.state_floats,
+        state_bytes=float(loaded.manifest.state_bytes),
         step_us=_step_us(loaded, 1),
         step_64_us=_step_us(loaded, 64),
     )

@@ -35,6 +35,12 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     units: Annotated[int, Meta(ge=4, le=1024)] = 128
     """Hidden units of a layer."""
 
+    state_dtype: Literal["fp32", "fp16"] = "fp32"
+    """What workers round a user's states to after every step, and keep in the record. `fp16` makes
+    a record of 128 units 512 bytes smaller and a rebuild slower; what it costs in accuracy is in
+    docs/performance.md. Training itself does not round.
+    """
+
     dim: Annotated[int, Meta(ge=4, le=1024)] = 128
     """Length of an item's vector, shared by the input and the output of the model."""
 
@@ -221,6 +227,10 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where torch computes; `cuda` fails without a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.state_dtype == "fp16" and self.units % 2:
+            raise ValueError(f"state_dtype fp16 needs an even number of units, got {self.units}")
 
     @property
     def all_epochs(self) -> int:

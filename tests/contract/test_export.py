@@ -21,6 +21,7 @@ from afterclick.serving.manifest import (
     ItemRow,
     Manifest,
     Snapshot,
+    read_manifest,
     sha256_of,
 )
 from afterclick.serving.past import past_of
@@ -74,6 +75,7 @@ def make(
     rows: list[ItemRow] | None = None,
     past: int = 0,
     purchase_weight: float = 0.0,
+    state_dtype: str = "fp32",
 ) -> tuple[Recommender, Tables, Manifest]:
     """A release with random weights; of items that say something, every third was never clicked."""
     torch.set_num_threads(1)
@@ -87,6 +89,7 @@ def make(
         hour_vectors=context,
         past=past,
         purchase_weight=purchase_weight,
+        state_dtype=state_dtype,
     )
     content = None if rows is None else content_of(rows, settings.content_buckets)
     model = Recommender(NUM_ITEMS, settings, content)
@@ -148,6 +151,40 @@ def test_every_kind_of_model_passes_the_gate(
 
     assert "random histories" in check_release(folder, model, tables, None)
     assert manifest.state_floats == layers * 16 * (2 if cell == "lstm" else 1)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_of_halves_pass_the_gate_and_are_refused_by_older_workers(
+    tmp_path: Path, cell: str
+) -> None:
+    """The graphs are the same; who does not round would fold to other bits."""
+    whole, halves = tmp_path / "r1", tmp_path / "r2"
+    _, _, before = make(whole, cell=cell)
+    model, tables, manifest = make(halves, cell=cell, state_dtype="fp16")
+
+    assert "random histories" in check_release(halves, model, tables, None)
+    assert (before.schema, manifest.schema) == (1, 2)
+    assert manifest.state_bytes == before.state_bytes // 2
+    assert manifest.files[STEP_NAME] == before.files[STEP_NAME]
+
+
+def test_a_release_whose_schema_and_states_disagree_is_refused(tmp_path: Path) -> None:
+    """Schema 1 is what older workers read, and they do not round."""
+    folder = tmp_path / "r1"
+    _, _, manifest = make(folder)
+    reseal(folder, msgspec.structs.replace(manifest, state_dtype="fp16"))
+    with pytest.raises(ContractError, match="schema 1, this worker reads 2"):
+        read_manifest(folder)
+
+
+def test_an_odd_number_of_halves_is_refused(tmp_path: Path) -> None:
+    """A record's length counts words of four bytes."""
+    folder = tmp_path / "r1"
+    _, _, manifest = make(folder, cell="gru", state_dtype="fp16")
+    odd = [msgspec.structs.replace(tensor, units=15) for tensor in manifest.state]
+    reseal(folder, msgspec.structs.replace(manifest, state=odd))
+    with pytest.raises(ContractError, match="even number"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("loss", ["cosine", "softmax"])
@@ -374,7 +411,7 @@ def _record_again(folder: Path, manifest: Manifest) -> None:
     engine = Engine(folder, manifest, provider="cpu", threads=1)
     with np.load(folder / "self_test.npz", allow_pickle=False) as recorded:
         feed = {key: recorded[key] for key in recorded.files}
-    state = engine.advance(
+    state = engine.run_steps(
         feed["state"],
         feed["x"],
         feed["lens"],

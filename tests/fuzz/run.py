@@ -103,7 +103,7 @@ def examine(sent: list[Sent], release: LoadedRelease, rng: random.Random) -> Fou
         if not all(math.isfinite(s) for s in msgspec.json.decode(body, type=TopList).scores):
             wrong.append("a score is not finite")
     for data in store.records.values():
-        if not np.isfinite(np.frombuffer(decode_record(data).state, np.float32)).all():
+        if not np.isfinite(release.engine.unpacked([decode_record(data).state])).all():
             wrong.append("a state is not finite")
     return Found(Counter(letter.reason for letter in letters), wrong)
 

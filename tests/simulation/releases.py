@@ -109,6 +109,7 @@ class Releases:
                     seed=seed,
                     categories=4,
                     blend=blend,
+                    state_dtype="fp16" if name == "r2" else "fp32",
                 )
 
     def serving(self, publication: int, items: int) -> Serving:

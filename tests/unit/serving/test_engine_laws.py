@@ -3,8 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import MASKED, Engine, Scanner, choose_provider, session_of
@@ -72,6 +76,55 @@ def test_one_sequence_and_single_steps_give_the_same_bits(folder: Path, manifest
             state, x_TBE[t : t + 1], np.ones(7, np.int32), gap_TB=gap_TB[t : t + 1]
         )
     assert np.array_equal(state, at_once)
+
+
+def test_halves_are_rounded_after_every_step(folder: Path, manifest: Manifest) -> None:
+    """Whatever was one call, or in a record in between: the same halves, and not the rounded end
+    of an exact run, which would depend on where the log was cut.
+    """
+    halves = msgspec.structs.replace(manifest, state_dtype="fp16")
+    engine = Engine(folder, halves, provider="cpu", threads=2)
+    x_TBE, gap_TB = random_steps(manifest, 50, 7, seed=1)
+    lens_B = np.array([50, 50, 1, 17, 50, 3, 49], np.int32)
+    at_once = engine.advance(engine.zero_state(7), x_TBE, lens_B, gap_TB=gap_TB)
+    exact = engine.run_steps(engine.zero_state(7), x_TBE, lens_B, gap_TB=gap_TB)
+    for user, length in enumerate(lens_B):
+        kept = b""
+        for t in range(length):
+            kept = engine.packed(
+                engine.advance(
+                    engine.unpacked([kept]),
+                    x_TBE[t : t + 1, user : user + 1],
+                    np.ones(1, np.int32),
+                    gap_TB=gap_TB[t : t + 1, user : user + 1],
+                )
+            )[0]
+        assert len(kept) == 2 * manifest.state_floats
+        assert np.array_equal(engine.unpacked([kept])[0], at_once[user])
+    assert np.array_equal(at_once, at_once.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(at_once, exact.astype(np.float16).astype(np.float32))
+    # 2^-11 a step, and the cell forgets: far from 50 of them.
+    assert np.abs(at_once - exact).max() < 1e-2
+
+
+@given(
+    npst.arrays(
+        np.float16,
+        st.tuples(st.integers(1, 5), st.just(128)),
+        elements=st.floats(-64, 64, width=16),
+    ),
+    st.sampled_from(["fp32", "fp16"]),
+)
+def test_a_state_that_was_rounded_comes_back_from_a_record(
+    folder: Path, manifest: Manifest, state_BS: np.ndarray, state_dtype: str
+) -> None:
+    """Denormals and signed zeros included: packing may not round again."""
+    kept = msgspec.structs.replace(manifest, state_dtype=state_dtype)
+    engine = Engine(folder, kept, provider="cpu", threads=1)
+    exact = state_BS.astype(np.float32)
+    again = engine.unpacked(engine.packed(exact))
+    assert again.dtype == np.float32
+    assert again.tobytes() == exact.tobytes()
 
 
 def test_padding_never_moves_a_bit(folder: Path, manifest: Manifest) -> None:

@@ -74,11 +74,12 @@ def test_a_record_of_another_version_is_refused() -> None:
         decode_record(bytes(data))
 
 
-def test_a_full_record_at_the_default_size_has_1752_bytes() -> None:
-    """H 128, L 50: the figure in the module's docstring; Redis adds key and overhead (2 KB)."""
+@pytest.mark.parametrize(("float_bytes", "expected"), [(4, 1752), (2, 1240)])
+def test_a_full_record_at_the_default_size(float_bytes: int, expected: int) -> None:
+    """H 128, L 50: the figures in the module's docstring; Redis adds key and overhead (2 KB)."""
     packed = pack_interaction(Interaction(1, 2, 3, 4, 5, False)) * 50
-    record = UserRecord(1, 2, 3, 4, os.urandom(4 * 256), packed)
-    assert len(encode_record(record)) == 1752
+    record = UserRecord(1, 2, 3, 4, os.urandom(float_bytes * 256), packed)
+    assert len(encode_record(record)) == expected
 
 
 def test_a_repeat_is_the_same_item_event_and_id_or_time() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import random
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -25,13 +26,18 @@ RULES = ListRules.of(ServingSettings(k=10, margin=5, history=8, popularity_items
 LIMITS = Limits(users_max=256, records_max=1024, bytes_max=1 << 20)
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> LoadedRelease:
-    return load(tmp_path_factory.mktemp("releases") / "r1", number=1, seed=1)
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def release(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> LoadedRelease:
+    folder = tmp_path_factory.mktemp("releases") / "r1"
+    return load(folder, number=1, seed=1, state_dtype=request.param)
 
 
-def load(folder: Path, *, number: int, seed: int) -> LoadedRelease:
-    write_tiny_release(folder, num_items=300, seed=seed)
+def load(
+    folder: Path, *, number: int, seed: int, state_dtype: Literal["fp32", "fp16"] = "fp32"
+) -> LoadedRelease:
+    write_tiny_release(folder, num_items=300, seed=seed, state_dtype=state_dtype)
     publication = Publication(number=number, release=folder.name, sha256=digest_of(folder))
     return LoadedRelease(publication, folder, ServingSettings(provider="cpu", threads=1))
 
@@ -122,6 +128,49 @@ def test_any_cut_of_the_log_gives_the_same_bytes(
         assert run(records, serving, sizes, rules).snapshot() == expected
     small = Limits(users_max=3, records_max=7, bytes_max=600)
     assert run(records, serving, [100], rules, small).snapshot() == expected
+
+
+def test_a_worker_that_reads_every_record_again_goes_on_with_the_same_bits(
+    release: LoadedRelease,
+) -> None:
+    """A state in memory is what the record holds of it: a failover must not show."""
+    records = log_of(some_clicks(200, seed=11))
+    serving = serving_of(release)
+    store = Replica()
+    for chunk in cut(records, [7]):
+        folder_of(store, serving).process(chunk)
+    assert store.snapshot() == run(records, serving, [7]).snapshot()
+
+
+def test_a_release_of_halves_keeps_half_the_bytes_of_a_state(
+    release: LoadedRelease, tmp_path: Path
+) -> None:
+    """And a swap from the one kind to the other, and back, is a swap like any other."""
+    records = [log_of(some_clicks(50, seed=n), start=50 * n) for n in range(3)]
+    folder = tmp_path / "halves"
+    halves = load(folder, number=2, seed=1, state_dtype="fp16")
+    back = load(tmp_path / "r3", number=3, seed=1)
+    results = []
+    for sizes in ([1], [50]):
+        store = Replica()
+        for loaded, part, floats in (
+            (release, records[0], None),
+            (halves, records[1], 2),
+            (back, records[2], 4),
+        ):
+            fold = folder_of(store, serving_of(loaded))
+            for chunk in cut(part, sizes):
+                assert fold.process(chunk).seek is None
+            kept = [decode_record(data) for data in store.records.values()]
+            sizes_now = {
+                len(one.state)
+                for one in kept
+                if one.publication == loaded.publication.number and one.state
+            }
+            if floats is not None:
+                assert sizes_now == {floats * loaded.manifest.state_floats}
+        results.append(store.snapshot())
+    assert results[0] == results[1]
 
 
 def test_a_repeated_event_changes_nothing(release: LoadedRelease) -> None:
