@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from kafka import KafkaProducer
@@ -82,10 +83,18 @@ class Stage:
         num_items: int = 300,
         encoder: bool = False,
         blend: bool = False,
+        state_dtype: Literal["fp32", "fp16"] = "fp32",
     ) -> Publication:
         """A tiny release, put in force."""
         folder = self.releases.staging(release)
-        write_tiny_release(folder, num_items=num_items, seed=seed, encoder=encoder, blend=blend)
+        write_tiny_release(
+            folder,
+            num_items=num_items,
+            seed=seed,
+            encoder=encoder,
+            blend=blend,
+            state_dtype=state_dtype,
+        )
         self.releases.add(folder)
         return self.releases.publish(release)
 

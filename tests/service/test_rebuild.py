@@ -61,12 +61,14 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def streamed(stage: Stage, client: redis.Redis) -> Stage:
-    """Popularity first, then two releases, items, visits, repeats, forgets and bad records."""
+    """Popularity first, then two releases, the second with states of 16 bits; items, visits,
+    repeats, forgets and bad records.
+    """
     stage.streams = msgspec.structs.replace(stage.streams, archive=str(stage.folder / "archive"))
     with stage.worker(**AS_IT_COMES) as worker:
 
         def publish(name: str, number: int) -> None:
-            stage.publish(name, seed=number)
+            stage.publish(name, seed=number, state_dtype="fp16" if number == 2 else "fp32")
             stage.wait(
                 lambda: f'"publication":{number}' in readiness(worker.port)[1].replace(" ", ""),
                 "the release is in force",
