@@ -3,7 +3,9 @@
 Users with a full history are folded into a Redis of their own, by the product's fold and its
 script, once for each row: states of 32 and of 16 bits, other sizes of list and history. `all` is
 what Redis itself says it grew by, a user: record, list, their keys and the tables of keys; expiry
-is on, as it is in production. Random weights: they do not change sizes. Prints the machine, a
+is on, as it is in production. Beside it CPU of a step and of a whole history's steps: states of 16
+bits are rounded after each of them, which takes a call each. Random weights: they do not change
+sizes. Prints the machine, a
 table, one JSON line.
 """
 
@@ -12,6 +14,7 @@ import itertools
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +23,7 @@ import msgspec
 import numpy as np
 import redis
 
+from afterclick.serving.engine import Engine
 from afterclick.serving.keys import Keys
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
 from afterclick.serving.releases import LoadedRelease
@@ -36,6 +40,8 @@ from tests.tiny_release import write_tiny_release
 ITEMS = 20_000
 START_MS = 1_700_000_000_000
 CHUNK = 1024
+USERS = 64
+"""Of one timed call of the step graph, one thread."""
 
 
 class Size(NamedTuple):
@@ -64,9 +70,12 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
     """Medians of a record and of a list, and what Redis grew by, in bytes a user."""
     release = folder / "r1"
     write_tiny_release(release, num_items=ITEMS, units=size.units, state_dtype=size.state_dtype)
-    serving = ServingSettings(k=size.k, margin=size.margin, history=size.history, provider="cpu")
+    serving = ServingSettings(
+        k=size.k, margin=size.margin, history=size.history, provider="cpu", threads=1
+    )
     digest = sha256_of(release / MANIFEST_NAME)
     loaded = LoadedRelease(Publication(number=1, release="r1", sha256=digest), release, serving)
+    us = {steps: _advance_us(loaded.engine, steps) for steps in (1, size.history)}
     clicks = _clicks(users, size.history)
     with local_redis(folder / "redis") as server:
         client = redis.Redis.from_url(server.url)
@@ -114,19 +123,37 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
         "list_bytes": int(found["list"]),
         "both_bytes": int(sum(found.values())),
         "all_bytes": round(grown / users),
+        "step_us": us[1],
+        "rebuild_us": us[size.history],
     }
+
+
+def _advance_us(engine: Engine, steps: int) -> float:
+    """CPU µs a user of so many steps, the smallest of some calls for 64 users."""
+    rng = np.random.default_rng(0)
+    state_BS = engine.zero_state(USERS)
+    x_TBE = rng.standard_normal((steps, USERS, engine.manifest.step_dim)).astype(np.float32)
+    gap_TB, lens_B = np.zeros((steps, USERS), np.int64), np.full(USERS, steps, np.int32)
+    taken = []
+    for _ in range(20):
+        begun_s = time.process_time()
+        engine.advance(state_BS, x_TBE, lens_B, gap_TB=gap_TB)
+        taken.append(time.process_time() - begun_s)
+    return round(min(taken) / USERS * 1e6, 1)
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """As Markdown."""
     lines = [
-        "| states | H | K + margin | history | record, bytes | list, bytes | both | all, a user |",
-        "|---|---|---|---|---|---|---|---|",
+        "| states | H | K + margin | history | record, bytes | list, bytes | both | all, a user "
+        "| CPU µs: a step | a rebuild |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['state_dtype']} | {row['units']} | {row['k']} + {row['margin']} "
         f"| {row['history']} | {row['record_bytes']:,} | {row['list_bytes']:,} "
-        f"| {row['both_bytes']:,} | {row['all_bytes']:,} |"
+        f"| {row['both_bytes']:,} | {row['all_bytes']:,} "
+        f"| {row['step_us']} | {row['rebuild_us']} |"
         for row in result["sizes"]
     ]
     return lines

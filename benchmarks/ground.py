@@ -4,6 +4,7 @@ Knows no contestant. Everything is made from the seed, so two runs feed the same
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from afterclick.serving.settings import ServingSettings
 from afterclick.streams.admin import client_config, create_topics
 from afterclick.streams.events import Click, encode
 from afterclick.streams.local import local_broker, local_kafka, local_redis
+from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings
 from tests.tiny_release import write_tiny_release
 
@@ -68,6 +70,8 @@ class Ground(NamedTuple):
     release_folder: Path
     redis: "redis.Redis"
     keys: Keys
+    servers: dict[str, Process]
+    """`broker` and `redis`."""
 
     def blended(self) -> "Ground":
         """The same clicks for a worker whose release has a blend, in a namespace of its own."""
@@ -109,6 +113,10 @@ class Ground(NamedTuple):
             **self.options.worker_env,
         }
 
+    def applied(self) -> int:
+        """Records folded so far."""
+        return sum(head.next for head in self.heads())
+
     def heads(self) -> list[Head]:
         """How far each partition is folded."""
         found = self.redis.mget([self.keys.head(p) for p in range(self.options.partitions)])
@@ -146,6 +154,7 @@ def ground(options: Options, folder: Path) -> Iterator[Ground]:
             release_folder,
             client,
             Keys(NAMESPACE),
+            {"broker": broker.process, "redis": server.process},
         )
 
 
@@ -170,6 +179,12 @@ def _release(
     )
     store.add(staged)
     return store.publish("random"), store.fetch("random")
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has taken, all of its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def item_ids(options: Options, rng: np.random.Generator, num: int) -> list[str]:

@@ -84,7 +84,7 @@ def measure(
             process.start()
         for process, task in zip(processes, tasks, strict=True):
             process.wait_until(task.file("ready").exists, START_TIMEOUT_S)
-        applied, cpu_s = _applied(stage), _cpu_s(port)
+        applied, cpu_s = stage.applied(), _cpu_s(port)
         start_ns = time.monotonic_ns() + int(BEGIN_IN_S * 1e9)
         for task in tasks:
             part = task.file("part")
@@ -96,7 +96,7 @@ def measure(
     finally:
         for process in processes:
             process.kill()
-    writes = (_applied(stage) - applied) / ((time.monotonic_ns() - start_ns) / 1e9)
+    writes = (stage.applied() - applied) / ((time.monotonic_ns() - start_ns) / 1e9)
     seen = [msgspec.json.decode(task.file("json").read_bytes(), type=Seen) for task in tasks]
     found = summary(seen, counted_from_ns=start_ns + int(warm_up_s * 1e9))
     found |= {"rate": rate, "clicks_per_s_beside": round(writes, 1)}
@@ -161,7 +161,7 @@ def run(options: Options, folder: Path, *, rate: float) -> dict[str, Any]:
         ).start()
         try:
             with local_worker(stage.worker_env, folder):
-                while _applied(stage) < options.warm_up:
+                while stage.applied() < options.warm_up:
                     time.sleep(0.02)
                 api.wait_until(lambda: _answers(port), 30.0)
                 for load in ("beside_writes", "in_peace"):
@@ -176,9 +176,9 @@ def run(options: Options, folder: Path, *, rate: float) -> dict[str, Any]:
                             port=port,
                         )
                     if load == "beside_writes":
-                        if _applied(stage) >= options.clicks:
+                        if stage.applied() >= options.clicks:
                             failures.append("the backlog ended before the reads: raise --clicks")
-                        while _applied(stage) < options.clicks:
+                        while stage.applied() < options.clicks:
                             time.sleep(0.1)
             failures += _compared(stage, port)
         finally:
@@ -201,10 +201,6 @@ def _compared(stage: Ground, port: int) -> list[str]:
             if (answer.items, answer.offset) != (own.items, own.offset):
                 return [f"http: the list of {user} is not the one in Redis"]
     return []
-
-
-def _applied(stage: Ground) -> int:
-    return sum(head.next for head in stage.heads())
 
 
 def _made(folder: Path) -> Path:

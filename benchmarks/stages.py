@@ -9,7 +9,6 @@ the worker (root, or ptrace).
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import numpy as np
 from afterclick.serving.records import TopList, encode_list, stamp_list
 from afterclick.streams.events import encode
 from afterclick.streams.local import local_worker
-from benchmarks.ground import Ground, Options, backlog, fill, ground
+from benchmarks.ground import Ground, Options, backlog, cpu_s, fill, ground
 from benchmarks.report import machine, tell
 
 SAMPLES_A_S = 200
@@ -158,10 +157,10 @@ def profile(
         stage = stage.blended() if blend else stage
         fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
         with local_worker(stage.worker_env, folder) as worker:
-            while (begun := _applied(stage)) < options.warm_up:
+            while (begun := stage.applied()) < options.warm_up:
                 time.sleep(0.02)
             pid = worker.process.pid
-            cpu_s, begun_s = _cpu_s(pid), time.perf_counter()
+            cpu_before_s, begun_s = cpu_s(pid), time.perf_counter()
             raw = folder / "raw.txt"
             looks = [
                 _spy(pid, seconds, kind, path) for kind, path in (("raw", raw), ("flamegraph", out))
@@ -169,11 +168,11 @@ def profile(
             for look in looks:
                 if look.wait() != 0:
                     raise RuntimeError(f"py-spy failed: {look.stderr and look.stderr.read()}")
-            clicks = _applied(stage) - begun
-            took_s, cpu_s = time.perf_counter() - begun_s, _cpu_s(pid) - cpu_s
-            ended = _applied(stage) >= options.clicks
+            clicks = stage.applied() - begun
+            took_s, worker_s = time.perf_counter() - begun_s, cpu_s(pid) - cpu_before_s
+            ended = stage.applied() >= options.clicks
         found = limits(stage)
-    cpu_us = cpu_s / max(clicks, 1) * 1e6
+    cpu_us = worker_s / max(clicks, 1) * 1e6
     return {
         "clicks_per_s": round(clicks / took_s, 1),
         "cpu_us_a_click": round(cpu_us, 1),
@@ -209,15 +208,6 @@ def _spy(pid: int, seconds: float, kind: str, path: Path) -> "subprocess.Popen[s
          "--rate", str(SAMPLES_A_S), "--format", kind, "--output", str(path), "--threads"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def _applied(stage: Ground) -> int:
-    return sum(head.next for head in stage.heads())
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from benchmarks.gpu import CARDS, floors_ms
 from benchmarks.ground import Options, backlog
 from benchmarks.latency import Schedule, Task, summary
 from benchmarks.readers import Seen
+from benchmarks.sizing import Cost, need
 from benchmarks.stages import shares, stage_of
 
 MS = 1_000_000
@@ -188,3 +189,23 @@ def test_a_sample_belongs_to_its_innermost_stage() -> None:
     waits = "thread (2): w;run (faust/x.py:1);EpollSelector.select (selectors.py:468)"
     raw = f"{fold} 3\nthread (1): w;main (cli.py:3) 1\n{waits} 9\n"
     assert shares(raw) == {"fold, the rest": 0.75, "other": 0.25}
+
+
+def test_what_a_deployment_needs_is_the_product_of_rate_and_cost() -> None:
+    """At half of a core: 10,000 clicks/s of 200 µs are two cores' work and take four."""
+    cost = Cost(
+        worker_us=200.0,
+        redis_us=20.0,
+        broker_us=10.0,
+        scan_us=100.0,
+        user_bytes=4000.0,
+        redis_in_bytes=2000.0,
+        redis_out_bytes=100.0,
+        click_bytes=150.0,
+        signal_bytes=50.0,
+    )
+    found = need(cost, clicks_per_s=10_000, users=1e6, items=20_000)
+    assert (found.worker_cores, found.workers, found.partitions) == (4, 2, 4)
+    assert (found.redis_cores, found.broker_cores, found.redis_gb) == (1, 1, 8.0)
+    assert found.mbit_per_s == 200.0
+    assert need(cost, clicks_per_s=10_000, users=1, items=10**6, scan_us=1000.0).worker_cores == 22
