@@ -126,6 +126,7 @@ def train_release(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     data = prepare(source, settings, serving)
+    from_chance = settled(data, settings)
     settings, start = _start(data, settings, serving)
     settings = settled(data, settings)
     teller.stage(
@@ -138,7 +139,8 @@ def train_release(
     )
     fitted = _fit(data, settings, serving, start=start, guide=guide, resume=resume, teller=teller)
     metrics = _metrics(data, fitted, serving, teller) if baselines else {}
-    blend = blend_of(source, data, fitted, settings, serving, teller)
+    # A walk's first model has no weights to begin with.
+    blend = blend_of(source, data, fitted, from_chance, serving, teller)
     if blend is not None:
         metrics.update(blend.judged)
         blend = blend if blend.helps or settings.blend == "on" else None

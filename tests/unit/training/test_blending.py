@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from afterclick.serving.errors import ConfigError
 from afterclick.serving.features import REACH_FEATURES
 from afterclick.serving.manifest import BLEND_NAME, MANIFEST_NAME, MEMORY_NAME, ItemRow, ItemTable
 from afterclick.serving.memory import memory_of, moves_of
+from afterclick.training import blended
 from afterclick.training.blending import (
     USERS_LIVE,
     Asked,
@@ -24,7 +26,8 @@ from afterclick.training.blending import (
 )
 from afterclick.training.cli import evaluate, train
 from afterclick.training.data import build_log, held_out, split
-from afterclick.training.walk import STAGES
+from afterclick.training.settings import TrainingSettings
+from afterclick.training.walk import STAGES, Walk, World, walk
 from tests.unit.training.test_trial import files  # noqa: F401
 from tests.unit.training.worlds import quick, ring
 
@@ -109,6 +112,33 @@ def test_a_release_without_a_blend_has_none_of_its_files(
         assert not (folder / BLEND_NAME).exists()
         assert not (folder / MEMORY_NAME).exists()
         assert told["test"]["model"]["mrr_20"] == told["test"]["mrr_20"]
+
+
+def test_a_warm_run_s_blend_is_walked_with_models_from_chance(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They have no weights to begin with: one pass at a low rate would make none of them good."""
+    told: list[TrainingSettings] = []
+
+    def spied(world: World, settings: TrainingSettings, **given: Any) -> Walk:
+        told.append(settings)
+        return walk(world, settings, **given)
+
+    monkeypatch.setattr(blended, "walk", spied)
+    (files / "settings.toml").write_text(
+        SETTINGS + 'blend_memory = "live"\nblend_events_max = 600\nwarm_start = true\n'
+        "warm_epochs = 1\n"
+    )
+    argv = ["--clicks", str(files / "clicks.csv"), "--progress", "none", "--json"]
+    for _ in range(2):
+        train([*argv, "--config", str(files / "settings.toml")])
+    curve = json.loads(capsys.readouterr().out.splitlines()[-1])["curve"]
+
+    assert [epoch["final"] for epoch in curve] == [False, True], "it was warm"
+    assert told[0] == told[1]
+    assert told[1].epochs == 2
 
 
 def test_a_live_blend_is_fitted_stage_by_stage_and_shipped(
