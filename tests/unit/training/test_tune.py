@@ -89,6 +89,14 @@ def test_hopeless_trials_are_given_up_early(source: Source, tmp_path: Path) -> N
     assert all(len(trial.intermediate_values) < base.epochs for trial in pruned)
 
 
+def test_schedules_are_compared_at_the_same_share(source: Source, tmp_path: Path) -> None:
+    """Two epochs of eight are not the half of four."""
+    study(source, tmp_path, small(blend="off"), space={"epochs": [4, 8]}, prune=False)
+
+    steps = {trial.params["epochs"]: [*trial.intermediate_values] for trial in trials_of(tmp_path)}
+    assert steps == {4: [2, 5, 7, 10], 8: [1, 2, 3, 5, 6, 7, 8, 10]}
+
+
 def test_the_blend_is_judged_where_a_release_would_have_one(tmp_path: Path) -> None:
     """Not the model alone: of two models the one is found on which the better blend stands, and
     the file says so. `blend_decay` is nothing to the model, so only the blend can tell them apart.
