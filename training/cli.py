@@ -44,7 +44,7 @@ FLAGS = {
     "loss": "cosine, softmax, bpr-max or bce",
     "epochs": "passes over the training part at most",
     "final_epochs": "passes over all data after the best epoch",
-    "batch_events": "predictions per mini-batch",
+    "batch_events": "predictions per mini-batch, 0: by the length of the log",
     "softmax_items": "items scored per mini-batch",
     "learning_rate": "peak of AdamW's rate",
     "dropout": "share of the step vector dropped",
