@@ -21,6 +21,11 @@ BETAS = (0.9, 0.99)
 
 EPSILON = 1e-8
 
+BLOCK = 1024
+"""Rows stepped at once on a CPU: what is computed in between stays in the cache, for a third of the
+time (25,000 rows of 128: 17 ms, 48 in one go).
+"""
+
 WARM_UP = 0.1
 """Share of the run in which the learning rate rises."""
 
@@ -96,13 +101,20 @@ class Optimiser:
             self._step_rows(table, at, grad, rate)
 
     def _step_rows(self, table: _Table, at: Tensor, grad: Tensor, rate: float) -> None:
-        mean = table.mean[at].lerp_(grad, 1 - BETAS[0])
-        square = table.square[at].mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-        table.mean[at] = mean
-        table.square[at] = square
-        spread = (square / (1 - BETAS[1] ** self._step)).sqrt_().add_(EPSILON)
-        weight = table.weight[at].mul_(1 - rate * table.decay)
-        table.weight[at] = weight.addcdiv_(mean, spread, value=-rate / (1 - BETAS[0] ** self._step))
+        size = BLOCK if at.device.type == "cpu" else max(len(at), 1)
+        for part, grad_part in zip(at.split(size), grad.split(size), strict=True):
+            self._step_block(table, part, grad_part, rate)
+
+    def _step_block(self, table: _Table, at: Tensor, grad: Tensor, rate: float) -> None:
+        mean = table.mean.index_select(0, at).lerp_(grad, 1 - BETAS[0])
+        square = table.square.index_select(0, at).mul_(BETAS[1])
+        square.addcmul_(grad, grad, value=1 - BETAS[1])
+        table.mean.index_copy_(0, at, mean)
+        table.square.index_copy_(0, at, square)
+        spread = square.div_(1 - BETAS[1] ** self._step).sqrt_().add_(EPSILON)
+        weight = table.weight.index_select(0, at).mul_(1 - rate * table.decay)
+        weight.addcdiv_(mean, spread, value=-rate / (1 - BETAS[0] ** self._step))
+        table.weight.index_copy_(0, at, weight)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
