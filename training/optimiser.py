@@ -102,7 +102,8 @@ class Optimiser:
 
     def _step_rows(self, table: _Table, at: Tensor, grad: Tensor, rate: float) -> None:
         size = BLOCK if at.device.type == "cpu" else max(len(at), 1)
-        for part, grad_part in zip(at.split(size), grad.split(size), strict=True):
+        parts = zip(torch.split(at, size), torch.split(grad, size), strict=True)
+        for part, grad_part in parts:
             self._step_block(table, part, grad_part, rate)
 
     def _step_block(self, table: _Table, at: Tensor, grad: Tensor, rate: float) -> None:
