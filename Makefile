@@ -40,6 +40,8 @@ $(READY): pyproject.toml Makefile
 	@$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
 	@mkdir -p .typing/afterclick
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typing/afterclick/$$room; done
+	@echo "setup: compiling the blend's loops" >&2
+	@$(BIN)/python -c "from afterclick.serving.blend import compile_loops; compile_loops()"
 	@touch $(READY)
 	@echo "setup: done" >&2
 

@@ -3,7 +3,7 @@
 Candidates come from the model's own ranking, the session neighbours, what followed the user's last
 items, the user's own items and what is popular; `blend.onnx` scores their features; the best K are
 the list, ties by item id. Knows no Redis or Kafka. A user's list does not depend on who shares the
-batch. Shape letters: B users, D scan vector, C the model's best rows, R candidates, L places.
+batch. Shape letters: B users, D scan vector, R candidates.
 """
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
@@ -15,37 +15,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from afterclick.serving import neighbours
 from afterclick.serving.best import best_of_groups
-from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import F32, I64, MASKED, Look, Provider, Scanner, session_of
-from afterclick.serving.errors import ContractError
-from afterclick.serving.features import (
-    REACH_FEATURES,
-    RECENT,
-    TIMED,
-    Past,
-    Pool,
+from afterclick.serving.candidates import (
+    Best,
+    Found,
+    Left,
     Published,
-    Scored,
-    Sums,
-    columns_of,
-    describe,
+    Sizes,
+    name_candidates,
+    scratch,
 )
+from afterclick.serving.catalog import Catalog
+from afterclick.serving.context import Context, past_of
+from afterclick.serving.engine import F32, MASKED, Look, Provider, Scanner, session_of
+from afterclick.serving.errors import ContractError
+from afterclick.serving.features import REACH_FEATURES, TIMED, columns_of, describe
 from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
-from afterclick.serving.memory import UNKNOWN, Memory
+from afterclick.serving.memory import Memory
 from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
-from afterclick.serving.records import INTERACTION_BYTES
 from afterclick.serving.rows import Rows, rows_after, rows_of
 from afterclick.serving.together import Together
-from afterclick.serving.trails import place_in_group, ranges
 
 USERS_MAX = 64
-"""Users at once: more gain nothing, and the scratch of user x item pairs leaves the cache."""
+"""Users described at once: more gain nothing."""
 
 SCAN_USERS_MAX = 256
 """Users who share a scan."""
@@ -54,34 +49,15 @@ SHARED_USERS_MAX = 32
 """Smaller batches that are asked for at the same time become one."""
 
 PAIRS_MAX = 1 << 24
-"""Pairs of user and item at once: a scratch of 128 MB."""
-
-_INTERACTION = np.dtype([("hash", "<u8"), ("tag", "<u4"), ("traits", "<u2")])
-
-
-SOURCES = ("model", "transitions", "repeats", "popularity", "neighbours", "publication")
-"""Where candidates come from."""
-
-
-class Context(NamedTuple):
-    """A user, as the blend sees one; the defaults are somebody without a past."""
-
-    interactions: bytes = b""
-    """Packed, as a record keeps them."""
-    clicks: int = 0
-    last_ms: int = 0
-    now_ms: int = 0
-    """Time of the event that the list answers, or the memory's clock where that is later."""
+"""Scores that a scan leaves at once: 64 MB."""
 
 
 class Candidates(NamedTuple):
     """Candidates of some users and what is known of them."""
 
-    pool: Pool
+    pool: Found
     feature_RF: F32
-    """In the order of `features.FEATURES`."""
-    source_R: npt.NDArray[np.uint8] | None = None
-    """A bit for each of `SOURCES` that named the candidate, the first one lowest."""
+    """In the order of `features.FEATURES`; column after column in memory."""
 
 
 class Blend:
@@ -142,12 +118,12 @@ class Blend:
     def _ranked(self, asked: "_Asked") -> list[Ranked]:
         memory, scanner, want = asked.memory, asked.scanner, asked.want
         rows = self.rows(memory, asked.catalog)
-        size = max(2, min(USERS_MAX, PAIRS_MAX // max(memory.num_items, 1)))
         # More users read the matrix together than are described together.
-        groups = max(1, min(SCAN_USERS_MAX, PAIRS_MAX // scanner.num_rows) // size)
+        together = max(2, min(SCAN_USERS_MAX, PAIRS_MAX // scanner.num_rows))
+        size = min(USERS_MAX, together)
         ranked: list[Ranked] = []
-        for begin in range(0, len(asked.query_BD), size * groups):
-            several = asked.part(begin, begin + size * groups)
+        for begin in range(0, len(asked.query_BD), together):
+            several = asked.part(begin, begin + together)
             look = scanner.look(several.query_BD, _depth(self.spec, want, several.drops))
             for start in range(0, len(several.query_BD), size):
                 one = several.part(start, start + size)
@@ -282,7 +258,6 @@ def gather(
     want: int,
     drops: Sequence[frozenset[int]] | None = None,
     *,
-    tell_sources: bool = False,
     look: Look | None = None,
 ) -> Candidates:
     """Candidates of at most `USERS_MAX` users, and their features; see `Blend.rank`.
@@ -291,72 +266,48 @@ def gather(
     """
     if look is None:
         look = scanner.look(query_BD, _depth(spec, want, drops))
-    num_users, num_codes = len(query_BD), memory.num_items
-    past = past_of(contexts, memory)
-    dropped = _dropped(drops, memory)
-    own_drops_B = np.array([len(own) for own in drops or [frozenset()] * num_users], np.int64)
-    best_BC, *model_E = _of_model(
-        look, scanner.num_rows, rows, max(spec.model, want), dropped, own_drops_B, num_codes
-    )
-    user_E, code_E, _ = model_E
-    entries = neighbours.neighbour_items(
-        memory.neighbours, past.item_BL, per_item=spec.sessions, nearest=spec.nearest
-    )
-    near = Sums(*entries, num_users, num_codes)
-    keys = [user_E * num_codes + code_E]
-    user_E, at_E = memory.next.find(past.item_BL[:, 0], spec.followers)
-    followers = [user_E * num_codes + memory.next.item_A[at_E]]
-    for place in (1, 2) if spec.older else ():
-        user_E, at_E = memory.next.find(past.item_BL[:, place], spec.older)
-        followers.append(user_E * num_codes + memory.next.item_A[at_E])
-    keys.append(np.concatenate(followers))
-    own_BL = past.item_BL[:, : spec.own]
-    user_E, place_E = np.nonzero(own_BL >= 0)
-    keys.append(user_E * num_codes + own_BL[user_E, place_E])
-    popular = memory.popular if spec.popular else memory.popular[:0]
+    past, sessions = past_of(contexts, memory), memory.neighbours
+    own = scratch(memory.num_items, len(sessions.start_S1))
+    popular_X = memory.popular if spec.popular else memory.popular[:0]
     if spec.touched:
-        popular = np.concatenate([popular, memory.touched(spec.touched)])
-    keys.append((np.arange(num_users)[:, None] * num_codes + popular).ravel())
-    keys.append(_best_near(near, spec.neighbours, num_users, memory))
-    keys.append(_published_last(rows.published, past.now_ms_B, spec.newest, num_codes))
-    key_E = np.concatenate(keys)
-    pool = Pool(key_E, num_users, num_codes, hidden_N=rows.hidden_N, dropped=dropped)
-    row_R = rows.row_N[pool.code_R]
-    own_R = np.where(row_R < 0, MASKED, look.of(pool.user_R, np.maximum(row_R, 0)))
-    scored = Scored(best_BC[:, : max(spec.model, 1)], own_R, *model_E)
+        popular_X = np.concatenate([popular_X, memory.touched(spec.touched)])
+    found = name_candidates(
+        Sizes(
+            model=max(spec.model, 1),
+            best=max(spec.model, want),
+            neighbours=spec.neighbours,
+            sessions=spec.sessions,
+            nearest=spec.nearest,
+            followers=spec.followers,
+            own=spec.own,
+            older=spec.older,
+            newest=spec.newest,
+        ),
+        past,
+        Best(
+            np.ascontiguousarray(look.score_BK),
+            np.ascontiguousarray(look.row_BK),
+            rows.code_of_row,
+            scanner.num_rows,
+            float(MASKED),
+        ),
+        _left(drops, len(contexts), rows, memory),
+        sessions,
+        memory.next.read(),
+        popular_X,
+        rows.published,
+        memory.hash_N,
+        own,
+    )
+    row_R = rows.row_N[found.code_R]
+    user_R = np.repeat(np.arange(len(contexts)), np.diff(found.begin_B1))
+    model_R = np.where(row_R < 0, MASKED, look.of(user_R, np.maximum(row_R, 0)))
     timed = not TIMED.isdisjoint(spec.features)
     reach = not set(REACH_FEATURES).isdisjoint(spec.features)
     feature_RF = describe(
-        pool, past, memory, scored, near, rows.published, timed=timed, reach=reach
+        past, found, model_R, memory, rows.published, own.row_N, timed=timed, reach=reach
     )
-    if not tell_sources:
-        return Candidates(pool, feature_RF)
-    return Candidates(pool, np.ascontiguousarray(feature_RF), _sources(pool, keys))
-
-
-def past_of(contexts: Sequence[Context], memory: Memory) -> Past:
-    """Pasts as codes, from the packed interactions."""
-    tails = [context.interactions[-RECENT * INTERACTION_BYTES :] for context in contexts]
-    kept_E = np.frombuffer(b"".join(tails), _INTERACTION)
-    size_B = np.array([len(tail) // INTERACTION_BYTES for tail in tails], np.int64)
-    user_E = np.repeat(np.arange(len(tails)), size_B)
-    place_E = np.repeat(np.cumsum(size_B), size_B) - 1 - np.arange(len(kept_E))
-    find = memory.code_of_hash.get
-    code_E = np.array([find(hash_, UNKNOWN) for hash_ in kept_E["hash"].tolist()], np.int64)
-    # A reset stands before the interaction that carries it: what is older is another session.
-    length_B = size_B.copy()
-    reset = np.flatnonzero(kept_E["traits"] >> 15)
-    np.minimum.at(length_B, user_E[reset], place_E[reset] + 1)
-    item_BL = np.full((len(tails), RECENT), UNKNOWN, np.int64)
-    valid = place_E < length_B[user_E]
-    item_BL[user_E[valid], place_E[valid]] = code_E[valid]
-    return Past(
-        item_BL,
-        length_B,
-        np.array([context.clicks for context in contexts], np.int64),
-        np.array([context.last_ms for context in contexts], np.int64),
-        np.array([max(context.now_ms, memory.clock_ms) for context in contexts], np.int64),
-    )
+    return Candidates(found, feature_RF)
 
 
 def _depth(spec: BlendSpec, want: int, drops: Sequence[frozenset[int]] | None) -> int:
@@ -364,100 +315,41 @@ def _depth(spec: BlendSpec, want: int, drops: Sequence[frozenset[int]] | None) -
     return max(spec.model, want) + 1 + max((len(own) for own in drops or ()), default=0)
 
 
-def _of_model(
-    look: Look,
-    num_rows: int,
-    rows: Rows,
-    num_best: int,
-    dropped: I64,
-    own_drops_B: I64,
-    num_codes: int,
-) -> tuple[F32, I64, I64, I64]:
-    """Each user's best scores, and user, code and place of these."""
-    depth_B = num_best + own_drops_B + 1
-    num_users = len(depth_B)
-    score_BK, row_BK = look.score_BK, look.row_BK
-    code_BK = rows.code_of_row[row_BK]
-    fine_BK = (code_BK >= 0) & (score_BK > MASKED / 2)
-    # A cut inside a group of equal scores would go by row: leave that group out. Where the cut is
-    # depends on the user alone, however deep others make the scan.
-    edge_B = np.take_along_axis(score_BK, np.minimum(depth_B, score_BK.shape[1])[:, None] - 1, 1)
-    fine_BK &= (score_BK > edge_B) | (depth_B >= num_rows)[:, None]
-    if len(dropped):
-        key_BK = np.arange(num_users)[:, None] * num_codes + code_BK
-        fine_BK &= ~np.isin(key_BK, dropped)
-    place_BK = np.cumsum(fine_BK, axis=1)
-    user_E, at_E = np.nonzero(fine_BK & (place_BK <= num_best))
-    best_BC = np.full((num_users, num_best), MASKED, np.float32)
-    best_BC[user_E, place_BK[user_E, at_E] - 1] = score_BK[user_E, at_E]
-    # Equal scores share the best place: the order of rows says nothing.
-    fresh_BC = np.diff(best_BC, axis=1, prepend=np.inf) != 0
-    shared_BC = np.maximum.accumulate(np.where(fresh_BC, np.arange(num_best), 0), axis=1)
-    place_E = shared_BC[user_E, place_BK[user_E, at_E] - 1]
-    return best_BC, user_E, code_BK[user_E, at_E], place_E
+def compile_loops() -> None:
+    """Compile what `gather` runs, or read it from where it is kept; a release that is loaded does
+    so, too.
+    """
+    memory, zeros = Memory(["a", "b"]), np.zeros(2, np.int64)
+    rows = Rows(zeros, zeros, zeros > 0, Published(zeros, zeros, zeros))
+    scanner = Scanner(np.zeros((2, 2), np.float32), provider="cpu", threads=1)
+    query_BD = np.zeros((1, 2), np.float32)
+    gather(BlendSpec(features=["next"]), query_BD, [Context()], memory, rows, scanner, 1)
 
 
-def _best_near(near: Sums, num_best: int, num_users: int, memory: Memory) -> I64:
-    """Keys of each user's best items by the neighbours."""
-    key_G, num_codes = near.key_G, memory.num_items
-    if not len(key_G):
-        return key_G
-    begin_B1 = np.searchsorted(key_G // num_codes, np.arange(num_users + 1))
-    size_B = np.diff(begin_B1)
-    # The best of few groups are at least as many as wanted, and none of them is below the edge.
-    folds = max(1, int(size_B.max()) // (2 * num_best))
-    width = -(-int(size_B.max()) // folds)
-    score_BP = np.zeros((num_users, folds * width))
-    offset_B = np.arange(num_users) * (folds * width) - begin_B1[:-1]
-    score_BP.ravel()[np.arange(len(key_G)) + np.repeat(offset_B, size_B)] = near.sum_G
-    highest_BP = score_BP.reshape(num_users, folds, width).max(axis=1)
-    most_B = np.maximum(highest_BP.max(axis=1), 1e-9)
-    edge_B = np.zeros(num_users)
-    if num_best < width:
-        edge_B = np.partition(highest_BP, -num_best, axis=1)[:, -num_best]
-    close = np.flatnonzero(near.sum_G >= np.repeat(edge_B - 1e-8 * most_B, size_B))
-    key_G, sum_G = key_G.take(close), near.sum_G.take(close)
-    user_G = key_G // num_codes
-    code_G = key_G - user_G * num_codes
-    # Of equal scores those with the lower hash, which no code decides.
-    fine_G = (memory.hash_N.take(code_G) >> np.uint64(40)).astype(np.float64) * 2.0**-24
-    order = np.argsort(2.0 * user_G - (sum_G / most_B[user_G] - 1e-9 * fine_G))
-    best: I64 = key_G[order[place_in_group(user_G[order]) < num_best]]
-    return best
+def _left(
+    drops: Sequence[frozenset[int]] | None, num_users: int, rows: Rows, memory: Memory
+) -> Left:
+    """What is no candidate."""
+    if drops is None:
+        nothing = np.zeros(0, np.int64)
+        return Left(
+            rows.hidden_N, np.zeros(num_users + 1, np.int64), nothing, np.zeros(num_users, np.int64)
+        )
+    code = memory.code_of_hash
+    own_B = [[code[hash_] for hash_ in own if hash_ in code] for own in drops]
+    return Left(
+        rows.hidden_N,
+        np.cumsum([0, *map(len, own_B)]),
+        np.array([code for own in own_B for code in own], np.int64),
+        np.array([len(own) for own in drops], np.int64),
+    )
 
 
-def _published_last(published: Published, now_ms_B: I64, num: int, num_codes: int) -> I64:
-    """Keys of the last items published by each user's time."""
-    end_B = np.searchsorted(published.sorted_ms, now_ms_B, side="right")
-    count_B = np.minimum(end_B, num)
-    user_E = np.repeat(np.arange(len(now_ms_B)), count_B)
-    return user_E * num_codes + published.sorted_code[ranges(end_B - count_B, count_B)]
-
-
-def _sources(pool: Pool, keys: Sequence[I64]) -> npt.NDArray[np.uint8]:
-    source_R = np.zeros(len(pool), np.uint8)
-    for bit, key_E in enumerate(keys):
-        row = pool.find(*np.divmod(key_E, pool.num_codes))[1]
-        source_R[row] |= 1 << bit
-    return source_R
-
-
-def _dropped(drops: Sequence[frozenset[int]] | None, memory: Memory) -> I64:
-    """Keys of what is left out."""
-    keys = [
-        user * memory.num_items + code
-        for user, hashes in enumerate(drops or ())
-        for code in map(memory.code_of_hash.get, hashes)
-        if code is not None
-    ]
-    return np.array(keys, np.int64)
-
-
-def _lists(pool: Pool, score_R: F32, memory: Memory, want: int) -> list[Ranked]:
-    if not len(pool):
+def _lists(pool: Found, score_R: F32, memory: Memory, want: int) -> list[Ranked]:
+    if not len(pool.code_R):
         return [Ranked([], [])] * (len(pool.begin_B1) - 1)
     size_B = np.diff(pool.begin_B1)
-    place_R = np.arange(len(pool)) - np.repeat(pool.begin_B1[:-1], size_B)
+    place_R = np.arange(len(score_R)) - np.repeat(pool.begin_B1[:-1], size_B)
     score_BK, place_BK, num_B = best_of_groups(score_R, place_R, size_B, want + 1)
     again_BK = score_BK[:, 1:] == score_BK[:, :-1]
     again_BK &= np.arange(1, score_BK.shape[1]) < num_B[:, None]

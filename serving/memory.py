@@ -8,6 +8,8 @@ knows no Kafka, ONNX, user or list. Shape letters: N items, M moves, H half-live
 Everything is bounded: an item keeps `trails.WINDOW` entries of each kind and a few numbers.
 """
 
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
 import math
 import threading
 import zipfile
@@ -18,13 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from afterclick.serving.candidates import Sessions
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import MEMORY_NAME, Manifest
-from afterclick.serving.neighbours import Lookup, Sessions, index_sessions
+from afterclick.serving.neighbours import index_sessions
 from afterclick.serving.records import item_hash
 from afterclick.serving.trails import Spare, Trails, ranges
 
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 BEFORE = 3
@@ -73,6 +77,23 @@ class Move(NamedTuple):
     """
 
 
+class Items(NamedTuple):
+    """What the memory counts of items, as compiled loops read it."""
+
+    count_N: I64
+    first_ms_N: I64
+    last_ms_N: I64
+    tick_NH: I64
+    log_heat_NH: F32
+    total_tick_H: I64
+    total_heat_H: F64
+    half_life_H: I64
+    """In ms; the last one in moves."""
+    moves: int
+    ticks: int
+    """Of a half-life."""
+
+
 class Memory:
     """What the moves have left behind; not safe to change while somebody reads.
 
@@ -110,7 +131,7 @@ class Memory:
         """Codes of the last `TOUCHED_MOVES` moves, oldest first."""
         self.total_heat_H = np.zeros(num_heats)
         self.total_tick_H = np.zeros(num_heats, np.int64)
-        self.neighbours = Lookup(index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0))
+        self.neighbours = index_sessions(np.zeros(1, np.int64), np.zeros(0, np.int64), 0, 0)
         self._growing = threading.Lock()
         self._spare = Spare()
         self.know(ids)
@@ -212,12 +233,27 @@ class Memory:
             size_S = np.diff(start_S1)[order]
             item_P = item_P[ranges(start_S1[:-1][order], size_S)]
             start_S1 = np.concatenate([[0], np.cumsum(size_S)])
-        self.neighbours = Lookup(index_sessions(start_S1, item_P, self.num_items, per_item))
+        self.neighbours = index_sessions(start_S1, item_P, self.num_items, per_item)
 
     def heat(self, code_E: I64, now_ms: int) -> F64:
         """(E, H) decayed clicks of items, as they are at `now_ms`."""
         age_EH = np.maximum(self.ticks(now_ms) - self.tick_NH[code_E], 0)
         return self.heat_NH[code_E] * fall(age_EH)
+
+    def items(self) -> Items:
+        """What is there now, not copied: good until the next move."""
+        return Items(
+            self.count_N,
+            self.first_ms_N,
+            self.last_ms_N,
+            self.tick_NH,
+            self.log_heat_NH,
+            self.total_tick_H,
+            self.total_heat_H,
+            np.array([*HALF_LIVES_MS, self.half_life_moves]),
+            self.moves,
+            TICKS,
+        )
 
     def touched(self, num: int) -> I64:
         """Codes of the items touched last, newest first, as far as the last moves tell."""
@@ -244,7 +280,7 @@ class Memory:
         for kind in _TRAILS:
             for name, array in getattr(self, kind).dump().items():
                 data[f"{kind}.{name}"] = array
-        for name, array in self.neighbours.sessions._asdict().items():
+        for name, array in self.neighbours._asdict().items():
             data[f"sessions.{name}"] = array
         return data
 
@@ -260,7 +296,7 @@ class Memory:
             }
             setattr(self, kind, Trails.restored(parts))
         self.log_heat_NH = _log_of(self.heat_NH)
-        self.neighbours = Lookup(Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields)))
+        self.neighbours = Sessions(*(data[f"sessions.{name}"] for name in Sessions._fields))
 
     def _count(self, item_M: I64, ms_M: I64, before_M3: I64) -> None:
         fresh = np.flatnonzero(self.count_N[item_M] == 0)
@@ -391,7 +427,7 @@ _OF_ITEMS: dict[str, object] = {
 _TRAILS = ("next", "later", "back")
 
 
-def _log_of(heat: F64) -> npt.NDArray[np.float32]:
+def _log_of(heat: F64) -> F32:
     return np.log(heat + 1e-9).astype(np.float32)
 
 

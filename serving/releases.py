@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from afterclick.serving.blend import Blend, Context
+from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.context import Context
 from afterclick.serving.engine import F32, Engine, Past, Scanner, output_of
 from afterclick.serving.errors import BAD_JSON, ConfigError, ContractError, UnavailableError
 from afterclick.serving.index import TwoStageScanner

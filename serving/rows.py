@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from afterclick.serving.candidates import I64, Published
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.features import I64, Published
 from afterclick.serving.memory import UNKNOWN, Memory
 from afterclick.serving.records import item_hash
 

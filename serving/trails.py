@@ -6,11 +6,14 @@ not on how the pushes were cut. Knows no item ids. Shape letters: N items, E ent
 for, G owners pushed to, A arena.
 """
 
-from typing import Any
+# ruff: noqa: N815 - fields carry shape suffixes, too
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 WINDOW = 256
@@ -21,6 +24,19 @@ SPARE_SHARE = 8
 
 ROOM_MIN = 4
 """Entries that an item's first room holds."""
+
+
+class Trail(NamedTuple):
+    """Trails as compiled loops read them: an item's entries end at begin + size."""
+
+    begin_N: I64
+    size_N: I64
+    """At most `window` of them are read."""
+    total_N: I64
+    item_A: I32
+    mark_A: I32
+    ms_A: I64
+    window: int
 
 
 class Trails:
@@ -66,21 +82,20 @@ class Trails:
         )
         self._size_N[own_G] += new_G
 
+    def read(self) -> Trail:
+        """What is there now, not copied: good until the next push."""
+        arenas = self.item_A, self.mark_A, self.ms_A
+        return Trail(self._begin_N, self._size_N, self.total_N, *arenas, WINDOW)
+
     def find(self, owner_X: I64, newest: int = WINDOW) -> tuple[I64, I64]:
         """Number in `owner_X`, and place in the arena, of each owner's newest entries.
 
         Oldest first; a negative owner has none.
         """
-        count_X, at_E = self.newest(owner_X, newest)
+        size_X = np.where(owner_X < 0, 0, self._size_N[owner_X])
+        count_X = np.minimum(size_X, newest)
+        at_E = ranges(self._begin_N[owner_X] + size_X - count_X, count_X)
         return np.repeat(np.arange(len(owner_X)), count_X), at_E
-
-    def newest(self, owner_X: I64, most: int | I64) -> tuple[I64, I64]:
-        """How many entries each owner has, `most` at most, and the places of the newest of them."""
-        size_X = self._size_N.take(owner_X, mode="clip")
-        size_X[owner_X < 0] = 0
-        count_X = np.minimum(size_X, most)
-        begin_X = self._begin_N.take(owner_X, mode="clip")
-        return count_X, ranges(begin_X + size_X - count_X, count_X)
 
     def dump(self) -> dict[str, npt.NDArray[Any]]:
         """Everything that is ever read, item after item."""

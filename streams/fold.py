@@ -17,8 +17,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from afterclick.serving.blend import Blend, Context
+from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.context import Context
 from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
 from afterclick.serving.memory import BEFORE, Memory, Move

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from afterclick.serving import features
-from afterclick.serving.blend import SOURCES, Blend, Candidates, Context, gather
+from afterclick.serving.blend import Blend, Candidates, gather
+from afterclick.serving.candidates import SOURCES
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.context import Context
 from afterclick.serving.engine import F32, I64, Scanner
 from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED, columns_of
 from afterclick.serving.manifest import BlendSpec
@@ -358,15 +360,14 @@ def _described(
                 memory.take(*(column[taken:until] for column in arrivals))
                 taken = max(taken, until)
             found = _candidates(asked, part, memory, rows, scanner, spec)
-            pool, source_R = found.pool, found.source_R
-            assert source_R is not None
+            pool, feature_RF = found.pool, np.ascontiguousarray(found.feature_RF)
             for at, number in enumerate(part.tolist()):
                 own = slice(pool.begin_B1[at], pool.begin_B1[at + 1])
                 yield (
                     first + number,
                     int(asked.target_X[number]),
-                    found.feature_RF[own],
-                    source_R[own],
+                    feature_RF[own],
+                    pool.source_R[own],
                     pool.code_R[own],
                 )
         first += len(order)
@@ -391,7 +392,6 @@ def _candidates(
         scanner,
         LIST,
         None if asked.drops is None else [asked.drops[number] for number in part.tolist()],
-        tell_sources=True,
     )
 
 

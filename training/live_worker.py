@@ -11,8 +11,9 @@ import time
 import msgspec
 import numpy as np
 
-from afterclick.serving.blend import Context, gather
+from afterclick.serving.blend import gather
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.context import Context
 from afterclick.serving.records import TopList, UserRecord, decode_record
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
@@ -187,10 +188,8 @@ class LiveWorker:
             release.blend.rows(release.memory, release.catalog),
             release.scanner,
             K,
-            tell_sources=True,
         )
-        assert found.source_R is not None
-        kept = np.flatnonzero(found.source_R & scorer.sources)
+        kept = np.flatnonzero(found.pool.source_R & scorer.sources)
         best = kept[np.argsort(-scorer.scores(found.feature_RF[kept]), kind="stable")[:K]]
         return [release.memory.ids[code] for code in found.pool.code_R[best].tolist()]
 

@@ -267,3 +267,14 @@ def test_the_compose_client_accepts_the_file_where_there_is_one() -> None:
     for service in SERVICES.values():
         assert set(service) <= SERVICE_KEYS
         assert set(service.get("healthcheck", {})) <= HEALTH_KEYS
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+def test_machine_code_is_made_with_the_image_and_kept_where_it_may_change(dockerfile: Path) -> None:
+    """Else every start takes the seconds of a compiler; a file system may be read-only."""
+    (kept,) = re.findall(r"NUMBA_CACHE_DIR=(\S+)", dockerfile.read_text())
+    assert kept in lines(dockerfile, "VOLUME")
+    assert kept in lines(dockerfile, "RUN")[-2]
+    assert "compile_loops()" in lines(dockerfile, "RUN")[-1]
+    text = dockerfile.read_text()
+    assert text.index("USER") < text.index("compile_loops") < text.index("VOLUME")

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from afterclick.serving.blend import Context, _best_near, gather
+from afterclick.serving.blend import Candidates, Context, gather
 from afterclick.serving.errors import ContractError
-from afterclick.serving.features import FEATURES, Pool, Sums
+from afterclick.serving.features import FEATURES
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, read_manifest
-from afterclick.serving.memory import HOUR_MS, Memory, Move
+from afterclick.serving.memory import HOUR_MS, Move
 from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import Interaction, item_hash, pack_interaction
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
@@ -50,6 +50,12 @@ def rank(loaded: LoadedRelease, query_BD, contexts, **rest) -> list[Ranked]:
     return loaded.blend.rank(
         query_BD, contexts, loaded.memory, loaded.catalog, loaded.scanner, want=30, **rest
     )
+
+
+def users(found: Candidates) -> np.ndarray:
+    """Whose each candidate is."""
+    size_B = np.diff(found.pool.begin_B1)
+    return np.repeat(np.arange(len(size_B)), size_B)
 
 
 def test_a_list_does_not_depend_on_who_shares_the_batch(loaded: LoadedRelease) -> None:
@@ -178,7 +184,7 @@ def test_items_published_last_are_candidates_before_anybody_clicks(tmp_path: Pat
         names = [loaded.memory.ids[code] for code in found.pool.code_R.tolist()]
         published = found.feature_RF[:, FEATURES.index("published")]
         out = [set() for _ in contexts]
-        for user, name, value in zip(found.pool.user_R, names, published.tolist(), strict=True):
+        for user, name, value in zip(users(found), names, published.tolist(), strict=True):
             if name.startswith("n"):
                 out[user].add(name)
                 age_h = 7 - int(name[1:])
@@ -187,55 +193,6 @@ def test_items_published_last_are_candidates_before_anybody_clicks(tmp_path: Pat
 
     assert candidates(3) == [{"n5", "n6", "n7"}] * 3
     assert candidates(0) == [set()] * 3
-
-
-@pytest.mark.parametrize("sparse", [256, 0])
-def test_candidates_and_sums_equal_their_definition(
-    sparse: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Marks and numbers stand in a scratch that batches share: none may see what one left."""
-    monkeypatch.setattr("afterclick.serving.features.SPARSE", sparse)
-    rng = np.random.default_rng(2)
-    hidden = rng.random(50) < 0.2
-    for num_users in (3, 5, 1, 4):
-        num = int(rng.integers(1, 200))
-        user = np.sort(rng.integers(0, num_users, num))
-        code, weight = rng.integers(0, 50, num), rng.random(num)
-        dropped = user[:3] * 50 + code[:3]
-        pool = Pool(user * 50 + code, num_users, 50, hidden_N=hidden, dropped=dropped)
-        expected = sorted({(u, c) for u, c in zip(user.tolist(), code.tolist(), strict=True)})
-        gone = {divmod(key, 50) for key in dropped.tolist()}
-        expected = [pair for pair in expected if pair not in gone and not hidden[pair[1]]]
-        assert list(zip(pool.user_R.tolist(), pool.code_R.tolist(), strict=True)) == expected
-        of_users = [[u for u, _ in expected].count(user) for user in range(num_users)]
-        assert np.diff(pool.begin_B1).tolist() == of_users
-        sums = Sums(user, code, weight, num_users, 50)
-        asked_user, asked_code = np.divmod(np.arange(num_users * 50), 50)
-        by_pair = np.zeros(num_users * 50)
-        np.add.at(by_pair, user * 50 + code, weight)
-        assert np.array_equal(sums.of(np.arange(num_users * 50)), by_pair)
-        assert np.array_equal(pool.sums(user, code, weight), by_pair[pool.key_R])
-        assert sums.all_B == pytest.approx(np.bincount(user, weight, num_users))
-        hit, row = pool.find(asked_user, asked_code)
-        assert np.array_equal(hit, pool.key_R)
-        assert np.array_equal(row, np.arange(len(pool)))
-
-
-def test_the_neighbours_best_are_those_of_a_full_sort() -> None:
-    """Found by an edge instead of a sort of everything: many users, few items, many items."""
-    rng = np.random.default_rng(3)
-    memory = Memory(f"i{at}" for at in range(900))
-    for num_best, sizes in ((5, (0, 3, 400, 60)), (80, (700, 20)), (1, (1, 1))):
-        code = np.concatenate([rng.choice(900, size, replace=False) for size in sizes])
-        user = np.repeat(np.arange(len(sizes)), sizes)
-        score = np.round(rng.random(len(code)), 2)  # with ties, which go by hash
-        near = Sums(user, code, score, len(sizes), 900)
-        best = _best_near(near, num_best, len(sizes), memory).tolist()
-        for at in range(len(sizes)):
-            own = np.flatnonzero(user == at)
-            order = sorted(own, key=lambda e: (-score[e], memory.hash_N[code[e]]))
-            expected = [at * 900 + code[e] for e in order[:num_best]]
-            assert [key for key in best if key // 900 == at] == expected
 
 
 def test_reach_equals_its_definition(loaded: LoadedRelease) -> None:
@@ -347,7 +304,7 @@ def test_what_others_leave_out_does_not_move_the_cut_of_a_users_best(
         )
         for num in (2, 1)
     )
-    mine = both.pool.user_R == 0
+    mine = users(both) == 0
     assert np.array_equal(both.pool.code_R[mine], own.pool.code_R)
     assert np.array_equal(both.feature_RF[mine], own.feature_RF)
     assert rank(loaded, query_BD, contexts, drops=drops)[0] == alone[0]

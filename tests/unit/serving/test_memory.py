@@ -1,6 +1,5 @@
 """The fast memory: a fold of moves that does not care how they come."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from afterclick.serving.memory import (
     memory_of,
     moves_of,
 )
-from afterclick.serving.neighbours import Lookup, index_sessions, neighbour_items
 from afterclick.serving.records import item_hash
 from afterclick.serving.trails import WINDOW, Trails
 from tests.tiny_release import write_tiny_release
@@ -109,54 +107,6 @@ def test_a_trail_keeps_the_newest_window_of_a_busy_item() -> None:
     assert trails.ms_A[at].tolist() == list(range(2000 - WINDOW, 2000))
     assert trails.total_N.tolist() == [0, 2000]
     assert len(trails.item_A) < 16 * WINDOW
-
-
-def test_neighbours_equal_their_definition() -> None:
-    """Sorted whole numbers instead of loops: the loops are the oracle."""
-    start, item, _ = a_log(400, seed=3)
-    sessions = index_sessions(start, item, len(IDS), 8)
-    past = np.array([[3, 0, 5, 3, -1, 7], [-1] * 6, [9, 9, 9, 9, 9, 1]])
-    user, code, score = neighbour_items(Lookup(sessions), past, per_item=8, nearest=5)
-    for at, row in enumerate(past):
-        found = np.zeros(len(IDS))
-        np.add.at(found, code[user == at], score[user == at])
-        assert np.allclose(found, neighbours_oracle(start, item, row, 8, 5))
-
-
-def test_what_is_left_out_before_the_sort_would_not_have_counted() -> None:
-    """A place with sessions enough decides alone: all levels, also where a few places share one."""
-    start, item, _ = a_log(1500, seed=5)
-    lookup = Lookup(index_sessions(start, item, len(IDS), 30))
-    rng = np.random.default_rng(6)
-    past = rng.integers(-1, len(IDS), (60, 7))
-    user, code, score = neighbour_items(lookup, past, per_item=30, nearest=12)
-    assert (np.diff(user) >= 0).all()
-    for at, row in enumerate(past):
-        found = np.zeros(len(IDS))
-        np.add.at(found, code[user == at], score[user == at])
-        assert np.allclose(found, neighbours_oracle(start, item, row, 30, 12))
-
-
-def neighbours_oracle(start, item, past, per_item, nearest) -> np.ndarray:
-    logs = [item[a:b].tolist() for a, b in pairwise(start) if b - a > 1]
-    similar: dict[int, list[int]] = {}
-    last = past[:5].tolist()
-    for place, code in enumerate(last):
-        if code >= 0 and code not in last[:place]:
-            holding = [n for n, log in enumerate(logs) if code in log]
-            for n in holding[-per_item:]:
-                similar.setdefault(n, []).append(place)
-    best = sorted(similar, key=lambda n: (-sum(np.exp(-p) for p in sorted(similar[n])), -n))
-    scores = np.zeros(len(IDS))
-    for n in best[:nearest]:
-        log, shared = logs[n], last[similar[n][0]]
-        spot = max(at for at, code in enumerate(log) if code == shared)
-        weight = sum(np.exp(-place) for place in similar[n])
-        for at, code in enumerate(log):
-            away = at - spot if at > spot else 1.5 * (spot - at)
-            rarity = 1 + np.log(len(logs) / sum(code in log for log in logs))
-            scores[code] += (at != spot) * weight * np.exp(-(away - 1) / 2) * rarity
-    return scores
 
 
 def test_a_memory_of_other_items_is_refused(tmp_path: Path) -> None:
