@@ -83,6 +83,7 @@ class Past(NamedTuple):
 class Recommender(nn.Module):
     """A recurrent cell over item vectors that also score the items."""
 
+    bucket_K: Tensor
     start_N1: Tensor
     code_F: Tensor
     weight_F: Tensor
@@ -149,7 +150,9 @@ class Recommender(nn.Module):
         code_C = torch.zeros(0, dtype=torch.int64, device=item_X.device)
         bucket_CD = self.items.weight.new_zeros(0, self.settings.dim)
         if self.content is not None:
-            code_C = torch.unique(self.code_F[self._entries(item_X)[0]])
+            met_K = torch.zeros(len(self.bucket_K), dtype=torch.bool, device=item_X.device)
+            met_K[self.code_F[self._entries(item_X)[0]]] = True
+            code_C = met_K.nonzero()[:, 0]
             bucket_CD = self.buckets.weight.detach()[code_C]
         own_XD, bias_X = self.items.weight.detach()[item_X], self.bias.detach()[item_X]
         return Rows(item_X, own_XD, bias_X, code_C, bucket_CD)
@@ -262,8 +265,10 @@ class Recommender(nn.Module):
         said_XD = self.given_NV[rows.item_X] @ self.given
         if not len(entry_F):
             return said_XD
+        place_K = torch.zeros_like(self.bucket_K)
+        place_K[rows.code_C] = torch.arange(len(rows.code_C), device=place_K.device)
         found: Tensor = functional.embedding_bag(
-            torch.searchsorted(rows.code_C, self.code_F[entry_F]),
+            place_K[self.code_F[entry_F]],
             rows.bucket_CD,
             offset_X,
             mode="sum",
