@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -107,10 +108,11 @@ class Worker:
         self._ends: dict[int, int] = {}
         self._beat_s = self._thread_beat_s = time.monotonic()
         self._joined = False
+        self.prepared = asyncio.Event()
         self.app = build_app(self)
         num_threads = streams.fold_threads or (os.cpu_count() or 1) + 1
         self._shared = Shared(
-            prepared=asyncio.Event(),
+            prepared=self.prepared,
             gate=self.runtime.gate,
             # One more for idle checks and openings, which must not wait behind long folds.
             threads=ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold"),
@@ -130,30 +132,30 @@ class Worker:
     # Life-cycle, called by Faust's signals ------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Get ready to fold; partitions that come before wait for it."""
+        """Get ready to fold; the group is joined then."""
         await self.runtime.start()
         gc.collect()
         gc.freeze()  # what start-up made lives for ever: later collections need not look at it
-        self._shared.prepared.set()
+        self.prepared.set()
 
     async def watch_releases(self) -> None:
         """Swap new publications in."""
-        await self._shared.prepared.wait()
+        await self.prepared.wait()
         await self.runtime.watch_releases()
 
     async def follow_items(self) -> None:
         """Take new items."""
-        await self._shared.prepared.wait()
+        await self.prepared.wait()
         await self.runtime.follow_items()
 
     async def follow_signals(self) -> None:
         """Hear what was clicked, in all partitions."""
-        await self._shared.prepared.wait()
+        await self.prepared.wait()
         await self.runtime.signals.follow()
 
     async def publish_signals(self) -> None:
         """Tell everybody what was clicked in the partitions held here."""
-        await self._shared.prepared.wait()
+        await self.prepared.wait()
         await keep_publishing(
             self._publisher,
             lambda: [
@@ -454,6 +456,15 @@ class Worker:
 class _App(faust.App):
     """A Faust app whose consumer delivers chunks."""
 
+    first: tuple[Callable[[], Awaitable[None]], ...] = ()
+    """Run from the start on; Faust begins its tasks only once the group was joined."""
+
+    async def on_start(self) -> None:
+        """Begin what does not wait for partitions."""
+        await super().on_start()
+        for task in self.first:
+            self.add_future(task())
+
     def _new_transport(self) -> Any:
         return ChunkTransport(self.conf.broker_consumer, self, loop=self.loop)
 
@@ -491,6 +502,7 @@ def build_app(worker: Worker) -> faust.App:
     )
     ChunkConsumer.records_max = streams.chunk_records_max
     ChunkConsumer.fetch_wait_ms = streams.fetch_wait_ms
+    ChunkConsumer.prepared = worker.prepared
     topic = app.topic(streams.clicks_topic, schema=ChunkSchema())
 
     async def fold_clicks(stream: Any) -> None:
@@ -509,9 +521,8 @@ def build_app(worker: Worker) -> faust.App:
 
     app.on_partitions_assigned.connect(cast(Any, on_assigned), weak=False)
     app.on_partitions_revoked.connect(cast(Any, on_revoked), weak=False)
+    app.first = worker.prepare, worker.heartbeat
     for task in (
-        worker.prepare,
-        worker.heartbeat,
         worker.watch_ingestion,
         worker.renew_fallback,
         worker.watch_releases,

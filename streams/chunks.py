@@ -15,7 +15,7 @@ seeks.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import aiokafka
@@ -62,6 +62,11 @@ class ChunkConsumer(Consumer):
     fetch_wait_ms = 20
     """Longest time the broker holds an empty fetch."""
 
+    prepared: asyncio.Event | None = None
+    """Set once chunks can be folded: the group is joined no sooner, so that others keep the
+    partitions until then. None: at once.
+    """
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.progress: dict[TP, int] = {}
@@ -84,6 +89,12 @@ class ChunkConsumer(Consumer):
         """Drop what is known of a partition that was taken away."""
         for table in (self.progress, self._next, self._seeks):
             table.pop(tp, None)
+
+    async def subscribe(self, topics: Iterable[str]) -> None:
+        """Join the group, once there is something to fold with."""
+        if self.prepared is not None:
+            await self.prepared.wait()
+        await super().subscribe(topics)
 
     async def seek_to_committed(self) -> Mapping[TP, int]:
         """After a rebalance Faust goes back to committed offsets; ours are in Redis."""

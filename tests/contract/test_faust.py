@@ -29,6 +29,7 @@ import kafka.errors
 import mode
 import pytest
 import redis
+from faust.transport.conductor import Conductor
 from faust.transport.consumer import Consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
@@ -69,6 +70,7 @@ AT = TP("clicks", 0)
         ("wait_empty", ["self"]),
         ("commit_and_end_transactions", ["self"]),
         ("on_buffer_drop", ["self", "tp"]),
+        ("subscribe", ["self", "topics"]),
         ("_get_active_partitions", ["self"]),
         ("pause_partitions", ["self", "tps"]),
         ("resume_partitions", ["self", "tps"]),
@@ -90,6 +92,7 @@ def test_the_consumer_still_has_what_we_override_or_call(name: str, parameters: 
         (driver.Consumer.perform_seek, "seek_to_committed"),
         (driver.ThreadDelegateConsumer.__init__, "_new_consumer_thread"),
         (driver.AIOKafkaConsumerThread._create_consumer, "_create_worker_consumer"),
+        (Conductor._subscriber.fun, "self.app.consumer.subscribe"),
         (faust.App._new_consumer, "transport"),
         (faust.App.transport.fget, "_new_transport"),
     ],
@@ -305,6 +308,34 @@ def test_faust_s_own_watchdog_cannot_fire() -> None:
     fired = driver.AIOKafkaConsumerThread._verify_aiokafka_event_path(thread, now_s, AT)
 
     assert (fired, logged) == (False, [])
+
+
+def test_the_group_is_joined_once_there_is_something_to_fold_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Partitions of a worker that still loads its release would stand still meanwhile: 3.7 s of
+    them on Kafka, before.
+    """
+
+    async def scene() -> list[list[str]]:
+        seen: list[list[str]] = []
+        prepared = asyncio.Event()
+        monkeypatch.setattr(ChunkConsumer, "prepared", prepared)
+        async with connected_to_nothing() as consumer:
+
+            async def subscribe(topics: list[str]) -> None:
+                seen.append(list(topics))
+
+            consumer._thread.subscribe = subscribe
+            joining = asyncio.create_task(consumer.subscribe(["clicks"]))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert seen == []
+            prepared.set()
+            await joining
+        return seen
+
+    assert asyncio.run(scene()) == [["clicks"]]
 
 
 def test_a_queue_with_room_again_fetches_a_paused_partition() -> None:
