@@ -19,7 +19,7 @@ import msgspec
 from afterclick.streams.local import local_worker
 from afterclick.streams.processes import Process
 from afterclick.streams.verify import verify
-from benchmarks import latency, rivals
+from benchmarks import latency, rivals, swap
 from benchmarks.ceilings import engine_alone, matmul_alone
 from benchmarks.drain import Drain, Rate
 from benchmarks.ground import ROOT, Ground, Options, backlog, fill, ground
@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = _together(results)
     result["machine"] = name
     result["failures"] = sorted({words for one in results for words in one["failures"]})
-    lines = table(result, runs)
+    lines = [
+        *table(result, runs),
+        "",
+        *swap.table(result["latency_ms_by_share"][SWAP_SHARE], result["swap_latency_ms"]),
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
     if report:
         path = write_report(name, words, arguments, options, result, lines)
@@ -67,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 LIVE_SHARES = (0.0625, 0.125, 0.25)
 """Live loads below half of the maximum, as shares of it: on two cores the sender, the broker and
-the
-watcher take so much that half of what a drain reaches may not be sustained live.
+the watcher take so much that half of what a drain reaches may not be sustained live.
 """
+SWAP_SHARE = f"{LIVE_SHARES[0]:g}"
+"""The load beside which releases are swapped at last; measured as long in peace before."""
+SWAPS = 4
+"""Publications while it lasts."""
 
 
 def run_once(options: Options, folder: Path) -> dict[str, Any]:
@@ -101,22 +108,34 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             for share in LIVE_SHARES:
                 live = rate.clicks_per_s * share
                 _say(f"latency at {live:.0f} clicks/s")
+                whole = f"{share:g}" == SWAP_SHARE
                 ladder[f"{share:g}"] = latency.measure(
-                    stage, f"live-{share:g}", rate=live, seconds=options.seconds / 2
+                    stage,
+                    f"live-{share:g}",
+                    rate=live,
+                    seconds=options.seconds / (1 if whole else 2),
                 )
             half = rate.clicks_per_s / 2
             _say(f"latency at {half:.0f} clicks/s")
             loaded = latency.measure(stage, "half", rate=half, seconds=options.seconds)
+            live = ladder[SWAP_SHARE]["rate"]
+            _say(f"latency at {live:.0f} clicks/s, releases swapped meanwhile")
+            swapped = swap.with_swaps(
+                stage, worker, rate=live, seconds=options.seconds, every_s=options.seconds / SWAPS
+            )
+            if not swapped["swaps_total"]:
+                failures.append("swaps: none happened")
             if not worker.process.running:
                 failures.append(f"worker: ended: {worker.process.tail()}")
-        for name, found in (("idle", idle), ("half load", loaded), *ladder.items()):
+        timed = {"idle": idle, "half load": loaded, "swaps": swapped, **ladder}
+        for name, found in timed.items():
             if found["unseen"] or found["wrong_offset"]:
                 failures.append(
                     f"latency, {name}: {found['unseen']} lists unseen, {found['wrong_offset']} "
                     "that do not answer their click"
                 )
         _say("verify")
-        sent = sum(found["sent"] for found in (idle, loaded, *ladder.values()))
+        sent = sum(found["sent"] for found in timed.values())
         _verify(stage, options.clicks + sent, failures)
     return {
         "clicks_per_s": round(rate.clicks_per_s, 1),
@@ -135,6 +154,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         "latency_ms": loaded,
         "idle_latency_ms": idle,
         "latency_ms_by_share": ladder,
+        "swap_latency_ms": swapped,
         "timed_clicks": {
             "end_to_end": rate.clicks, "blend": blend_rate.clicks,
             "do_nothing": nothing.clicks, "naive": naive.clicks,

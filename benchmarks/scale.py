@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from benchmarks.stages import limits
 RECORD_FRAME_BYTES = 12
 """Of a record in a Kafka batch beside key and value: lengths, deltas, attributes; headers none."""
 SETTLE_S = 2.0
-"""After the backlog is there: the first chunks have cold caches, and the sender took cores."""
+"""After workers hold their shares: the first chunks have cold caches."""
 IDLE_S = 5.0
 BEGIN_S = 4.0
 """Of live load in peace before something happens to the group."""
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         partitions=given.partitions,
         seed=given.seed,
         broker=given.broker,
-        latency_warm_up_s=1.0,
+        latency_warm_up_s=5.0,
     )
     name, words = machine("")
     print(f"machine: {words}")
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="afterclick-scale-") as folder:
         events = rebalances(options, Path(folder), given.rate, given.event_seconds, failures)
     with tempfile.TemporaryDirectory(prefix="afterclick-scale-") as folder:
-        user = footprint(Size(), Path(folder), users=1000)
+        user = footprint(Size(), Path(folder), users=2000)
     cost = cost_of(costs["1"], user["all_bytes"])
     scans = {options.items: cost.scan_us, **dict(given.scan)}
     needs = [
@@ -101,21 +102,24 @@ def drained(
     with ground(options, folder) as stage, contextlib.ExitStack() as stack:
         clicks = backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000)
         per_partition = Counter(partition_of(one.user_id, options.partitions) for one in clicks)
-        workers: list[Worker] = []
-        for _ in range(num):  # one after the other: the second makes the group rebalance
-            workers.append(stack.enter_context(local_worker(stage.worker_env, folder)))
-        _shared(workers, options.partitions)
-        standing = _rates(stage, workers, IDLE_S)
         fill(stage, clicks)
+        with ThreadPoolExecutor(num) as starters:  # at once: who is first drains alone meanwhile
+            started = [
+                starters.submit(stack.enter_context, local_worker(stage.worker_env, folder))
+                for _ in range(num)
+            ]
+            workers = [one.result() for one in started]
+        _shared(workers, options.partitions)
         time.sleep(SETTLE_S)
         found = _rates(stage, workers, seconds)
         heads = stage.heads()
         ended = [p for p, head in enumerate(heads) if head.next >= per_partition[p]]
         if ended:
             failures.append(f"{num} workers: the backlog ended meanwhile: raise --clicks")
-        scan_us = limits(stage)["scan, top-K"]
         while stage.applied() < len(clicks):
             time.sleep(0.1)
+        standing = _rates(stage, workers, IDLE_S)
+        scan_us = limits(stage)["scan, top-K"]
         found["signal_bytes"] = round(_signal_bytes(stage) / len(clicks), 1)
         report = verify(stage.serving, stage.streams)
         if report.differences or report.clicks != len(clicks):

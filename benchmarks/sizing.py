@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import msgspec
 
-UTILISATION = 0.5
-"""Share of a core that is planned with: live chunks are smaller than a drain's and cost more, and a
-worker that falls out leaves its partitions to the others.
+WORKER_SHARE = 0.25
+"""Of what workers drain, planned with live: live chunks are smaller and cost more a click, and a
+quarter is what `make bench` found sustained on two cores beside broker, load and watcher.
 """
+SERVER_SHARE = 0.5
+"""Of a core of Redis or of the broker: beyond, what waits for it grows fast."""
 WORKER_CORES = 2
 """Cores that one worker process fills: its Python is behind one lock."""
 PARTITIONS_A_WORKER = 2
@@ -59,7 +61,7 @@ def need(
 ) -> Need:
     """What serves so many clicks a second of so many users; `scan_us` of another catalogue."""
     worker_us = cost.worker_us + (0.0 if scan_us is None else scan_us - cost.scan_us)
-    worker_cores = _cores(clicks_per_s, worker_us)
+    worker_cores = _cores(clicks_per_s, worker_us, WORKER_SHARE)
     workers = max(1, math.ceil(worker_cores / WORKER_CORES))
     bytes_a_click = cost.redis_in_bytes + cost.redis_out_bytes
     bytes_a_click += 2 * (cost.click_bytes + cost.signal_bytes)
@@ -69,16 +71,16 @@ def need(
         items=items,
         worker_cores=worker_cores,
         workers=workers,
-        redis_cores=_cores(clicks_per_s, cost.redis_us),
-        broker_cores=_cores(clicks_per_s, cost.broker_us),
+        redis_cores=_cores(clicks_per_s, cost.redis_us, SERVER_SHARE),
+        broker_cores=_cores(clicks_per_s, cost.broker_us, SERVER_SHARE),
         partitions=workers * PARTITIONS_A_WORKER,
         redis_gb=round(REPLICAS * users * cost.user_bytes / 1e9, 1),
         mbit_per_s=round(clicks_per_s * bytes_a_click * 8 / 1e6, 1),
     )
 
 
-def _cores(clicks_per_s: float, us: float) -> int:
-    return max(1, math.ceil(clicks_per_s * us / 1e6 / UTILISATION))
+def _cores(clicks_per_s: float, us: float, share: float) -> int:
+    return max(1, math.ceil(clicks_per_s * us / 1e6 / share))
 
 
 def table(needs: list[Need]) -> list[str]:

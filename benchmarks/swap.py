@@ -48,18 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="afterclick-swap-") as name,
         ground(options, Path(name)) as stage,
     ):
-        _add_release(stage, "second", seed=options.seed + 1)
         fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
         with local_worker(stage.worker_env, Path(name)) as worker:
             while sum(head.next for head in stage.heads()) < options.clicks:
                 time.sleep(0.1)
             peace = latency.measure(stage, "peace", rate=given.rate, seconds=given.seconds)
-            before = _counters(worker)
-            publisher = _Publisher(stage, given.every)
-            publisher.start()
-            swapped = latency.measure(stage, "swapped", rate=given.rate, seconds=given.seconds)
-            publisher.stop()
-            after = _counters(worker)
+            swapped = with_swaps(
+                stage, worker, rate=given.rate, seconds=given.seconds, every_s=given.every
+            )
         report = verify(stage.serving, stage.streams)
     result = {
         "machine": name_words[0],
@@ -68,29 +64,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         "items": options.items,
         "peace": peace,
         "swapped": swapped,
-        **{counter: int(after[counter] - before[counter]) for counter in COUNTERS},
         "differences": report.differences,
         "first_difference": report.first_difference,
     }
-    lines = table(result)
+    lines = table(peace, swapped)
     tell("swap", "swap", arguments, name_words, result, lines, report=given.report)
     return 1 if report.differences or peace["unseen"] or swapped["unseen"] else 0
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def with_swaps(
+    stage: Ground, worker: Worker, *, rate: float, seconds: float, every_s: float
+) -> dict[str, Any]:
+    """Latencies as `latency.measure` gives them, while two releases are put in force in turn; what
+    the worker counted meanwhile is beside them.
+    """
+    _add_release(stage, "second", seed=stage.options.seed + 1)
+    before = _counters(worker)
+    publisher = _Publisher(stage, every_s)
+    publisher.start()
+    try:
+        found = latency.measure(stage, "swapped", rate=rate, seconds=seconds)
+    finally:
+        publisher.stop()
+    after = _counters(worker)
+    return {**found, **{counter: int(after[counter] - before[counter]) for counter in COUNTERS}}
+
+
+def table(peace: dict[str, Any], swapped: dict[str, Any]) -> list[str]:
     """Percentiles, and how many clicks waited how long, as Markdown."""
-    peace, swapped = result["peace"], result["swapped"]
     lines = [
-        "| click → list, ms | p50 | p90 | p99 | p99.9 | max | clicks |",
-        "|---|---|---|---|---|---|---|",
+        "| click → list, ms | clicks/s | p50 | p90 | p99 | p99.9 | max | clicks |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for words, found in (
-        ("in peace", peace),
-        (f"with {result['swaps_total']} swaps", swapped),
-    ):
-        cells = " | ".join(f"{found[q]}" for q in ("p50", "p90", "p99", "p99_9", "max", "clicks"))
-        lines.append(f"| {words} | {cells} |")
-    lines += ["", "| up to, ms | in peace | with swaps |", "|---|---|---|"]
+    for words, found in (("in peace", peace), (f"with {swapped['swaps_total']} swaps", swapped)):
+        names = ("rate", "p50", "p90", "p99", "p99_9", "max", "clicks")
+        lines.append(f"| {words} | {' | '.join(str(found[name]) for name in names)} |")
+    lines += [
+        "",
+        f"Meanwhile {swapped['rebuilt_records_total']:,} records were rebuilt, "
+        f"{swapped['renewed_lists_total']:,} lists renewed, "
+        f"{swapped['put_off_lists_total']:,} put off.",
+        "",
+        "| up to, ms | in peace | with swaps |",
+        "|---|---|---|",
+    ]
     edges = [*(str(edge) for edge in latency.EDGES_MS), "more"]
     rows = list(zip(edges, peace["histogram"], swapped["histogram"], strict=True))
     last = max(at for at, (_, one, other) in enumerate(rows) if one or other)

@@ -223,15 +223,13 @@ class Lookup:
             return Top(items=[], scores=[], source="none")
         if k is None:
             k = Meta().k if self._meta is None else self._meta.k
-        unavailable = self._unavailable[1]
-        kept = [
-            (item, score)
-            for item, score in zip(stored.items, stored.scores, strict=False)
-            if item not in unavailable
-        ][:k]
+        items, scores, unavailable = stored.items, stored.scores, self._unavailable[1]
+        if not unavailable.isdisjoint(items):
+            kept = [at for at, item in enumerate(items) if item not in unavailable][:k]
+            items, scores = [items[at] for at in kept], [scores[at] for at in kept]
         return Top(
-            items=[item for item, _ in kept],
-            scores=[score for _, score in kept],
+            items=items[:k],
+            scores=scores[:k],
             source="fallback" if own is None else own.source,
             release=stored.release,
             publication=stored.publication,

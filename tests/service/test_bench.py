@@ -27,6 +27,9 @@ def test_the_last_line_holds_every_promised_field() -> None:
         assert result[f"{name}clicks_per_s"] > 0
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"]
     assert 0 < result["idle_latency_ms"]["p50"] <= result["idle_latency_ms"]["p99"]
+    swapped = result["swap_latency_ms"]
+    assert swapped["swaps_total"] > 0
+    assert sum(swapped["histogram"]) == swapped["clicks"]
     assert set(result["ratios"]) == {
         "end_to_end_of_engine",
         "engine_of_matmul",

@@ -192,7 +192,7 @@ def test_a_sample_belongs_to_its_innermost_stage() -> None:
 
 
 def test_what_a_deployment_needs_is_the_product_of_rate_and_cost() -> None:
-    """At half of a core: 10,000 clicks/s of 200 µs are two cores' work and take four."""
+    """10,000 clicks/s of 200 µs are two cores' work drained, and take eight live."""
     cost = Cost(
         worker_us=200.0,
         redis_us=20.0,
@@ -205,7 +205,7 @@ def test_what_a_deployment_needs_is_the_product_of_rate_and_cost() -> None:
         signal_bytes=50.0,
     )
     found = need(cost, clicks_per_s=10_000, users=1e6, items=20_000)
-    assert (found.worker_cores, found.workers, found.partitions) == (4, 2, 4)
+    assert (found.worker_cores, found.workers, found.partitions) == (8, 4, 8)
     assert (found.redis_cores, found.broker_cores, found.redis_gb) == (1, 1, 8.0)
     assert found.mbit_per_s == 200.0
-    assert need(cost, clicks_per_s=10_000, users=1, items=10**6, scan_us=1000.0).worker_cores == 22
+    assert need(cost, clicks_per_s=10_000, users=1, items=10**6, scan_us=1000.0).worker_cores == 44
