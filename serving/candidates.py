@@ -194,8 +194,9 @@ def near_items(
         nearest: sessions kept.
         sum_N: zeros; gets what each item scores, but for its rarity.
         places_S: scratch, zeros before and after.
-        session_X, position_X: scratch, at least `LAST` x per_item.
-        code_G: gets the items that score, in the order in which they were met.
+        session_X, position_X: scratch, room for one more than `LAST` x per_item.
+        code_G: gets the items that score, in the order in which they were met; room for one more
+            than nearest x (`PIECE` - 1).
 
     Returns:
         How many these are.
@@ -210,10 +211,11 @@ def near_items(
         begin = post_start_N1[item]
         for at in range(begin, min(post_start_N1[item + 1], begin + per_item)):
             session = session_E[at]
-            if places_S[session] == 0:
-                session_X[num], position_X[num] = session, position_E[at]
-                num += 1
-            places_S[session] |= 1 << place
+            places = places_S[session]
+            # Written always and counted if new: a branch would be guessed wrong every third time.
+            session_X[num], position_X[num] = session, position_E[at]
+            num += places == 0
+            places_S[session] = places | 1 << place
     count_V = np.zeros(_LEVELS, np.int64)
     for at in range(num):
         count_V[_LEVEL_V[places_S[session_X[at]]]] += 1
@@ -234,15 +236,15 @@ def near_items(
             left -= 1
         start = start_S1[session]
         shared = start + position_X[at]
+        similarity = _SIMILARITY_V[places]
         for entry in range(start, start_S1[session + 1]):
             code = item_P[entry]
             if entry == shared or code < 0:
                 continue
             before = sum_N[code]
-            if before == 0.0:
-                code_G[found] = code
-                found += 1
-            sum_N[code] = before + _SIMILARITY_V[places] * _NEARNESS[entry - shared + PIECE]
+            code_G[found] = code
+            found += before == 0.0
+            sum_N[code] = before + similarity * _NEARNESS[entry - shared + PIECE]
     return found
 
 
@@ -326,9 +328,9 @@ def name_candidates(
     begin_B1, norm_B = np.zeros(num_users + 1, np.int64), np.full(num_users, masked)
     near_R, near_B = np.empty(room), np.zeros(num_users)
     code_C, place_C = np.empty(sizes.best, np.int64), np.empty(sizes.best, np.int64)
-    session_X = np.empty(LAST * sizes.sessions, np.int64)
-    position_X = np.empty(LAST * sizes.sessions, np.int64)
-    code_G = np.empty(sizes.nearest * (PIECE - 1), np.int64)
+    session_X = np.empty(LAST * sizes.sessions + 1, np.int64)
+    position_X = np.empty(LAST * sizes.sessions + 1, np.int64)
+    code_G = np.empty(sizes.nearest * (PIECE - 1) + 1, np.int64)
     sum_G = np.empty(len(code_G))
     num = 0
     for user in range(num_users):

@@ -63,6 +63,8 @@ UNKNOWN_TIME = math.exp(12.0)
 """Stands for a time that nobody knows, in minutes, hours or items: longer than any other."""
 
 _HOUR_MS = 3600.0 * 1000.0
+_MINUTES = 1.0 / 60_000.0
+"""Of a millisecond."""
 _DAY_MS = 24.0 * _HOUR_MS
 _PARTS = 64
 """Of a day, that halvings are tabled for."""
@@ -117,7 +119,8 @@ def describe_all(
         begin, end = found.begin_B1[user], found.begin_B1[user + 1]
         for row in range(begin, end):
             row_N[found.code_R[row]] = row - begin + 1
-        share_R = items.count_N[found.code_R[begin:end]] / max(items.moves, 1)
+        count_R = items.count_N[found.code_R[begin:end]].astype(np.float64)
+        share_R = count_R * (1.0 / max(items.moves, 1))
         _scored(out_FR, begin, found, user, model_R, share_R)
         _transitions(out_FR, begin, past, user, next_, later, back, share_R, row_N, timed)
         if reach:
@@ -141,12 +144,12 @@ def _scored(out_FR: F32, begin: int, found: Found, user: int, model_R: F32, shar
     near_R, place_R, norm, most = found.near_R, found.place_R, found.norm_B[user], 1e-9
     for row in range(begin, begin + len(share_R)):
         most = max(most, near_R[row])
-    all_near = found.near_B[user] + 1e-9
+    of_most, of_all = 1.0 / most, 1.0 / (found.near_B[user] + 1e-9)
     for row in range(begin, begin + len(share_R)):
         out_FR[AT.model, row] = min(max(model_R[row] - norm, MODEL_FLOOR), 0.0)
         out_FR[AT.model_rank, row] = 1 + place_R[row]
-        out_FR[AT.near, row] = near_R[row] / most + 1e-3
-        out_FR[AT.near_share, row] = near_R[row] / all_near + 1e-4
+        out_FR[AT.near, row] = near_R[row] * of_most + 1e-3
+        out_FR[AT.near_share, row] = near_R[row] * of_all + 1e-4
         out_FR[AT.popular, row] = share_R[row - begin] + 1e-6
 
 
@@ -202,18 +205,21 @@ def _transitions(
             older_R1[row_N[item_A[at]]] += share
         weights += weight
         weight *= STEP_FALL
+    # A division takes as long as all else of a column.
+    of_next, of_new, of_day = 1.0 / (size + 2.0), 1.0 / (min(size, NEW) + 1.0), 1.0 / (day + 1.0)
+    of_skip, of_back = 1.0 / (size + skipped + 2.0), 1.0 / (num_back + 1.0)
+    of_pair, of_older = 1.0 / (pair + 1.0), 1.0 / weights
     for row in range(num):
         share, at = share_R[row], begin + row
         count = count_R1[row + 1]
-        out_FR[AT.next, at] = (count + 2 * share) / (size + 2.0) + 1e-6
-        out_FR[AT.next_new, at] = (new_R1[row + 1] + share) / (min(size, NEW) + 1.0) + 1e-5
+        out_FR[AT.next, at] = (count + 2 * share) * of_next + 1e-6
+        out_FR[AT.next_new, at] = (new_R1[row + 1] + share) * of_new + 1e-5
         if timed:
-            out_FR[AT.next_day, at] = (day_R1[row + 1] + share) / (day + 1.0) + 1e-6
-        out_FR[AT.pair, at] = (pair_R1[row + 1] + 1e-2) / (pair + 1.0)
-        skip = count + later_R1[row + 1]
-        out_FR[AT.skip, at] = (skip + 2 * share) / (size + skipped + 2.0) + 1e-6
-        out_FR[AT.back, at] = (back_R1[row + 1] + share) / (num_back + 1.0) + 1e-5
-        out_FR[AT.older, at] = older_R1[row + 1] / weights + 1e-4
+            out_FR[AT.next_day, at] = (day_R1[row + 1] + share) * of_day + 1e-6
+        out_FR[AT.pair, at] = (pair_R1[row + 1] + 1e-2) * of_pair
+        out_FR[AT.skip, at] = (count + later_R1[row + 1] + 2 * share) * of_skip + 1e-6
+        out_FR[AT.back, at] = (back_R1[row + 1] + share) * of_back + 1e-5
+        out_FR[AT.older, at] = older_R1[row + 1] * of_older + 1e-4
     out_FR[AT.pair_count, begin : begin + num] = math.log(1.0 + pair)
     total = next_.total_N[last] if last >= 0 else 0
     out_FR[AT.last_count, begin : begin + num] = math.log(1.0 + total)
@@ -312,13 +318,24 @@ def _heats(
         # In logarithms a half-life is a difference; what is nearly gone is all the same.
         spent = max(now_H[heat] - items.total_tick_H[heat], 0) * tick
         total_H[heat] = max(math.log(items.total_heat_H[heat] + 1.0) - spent, 0.0)
-    tick_NH, log_heat_NH = items.tick_NH, items.log_heat_NH
-    for row in range(begin, end):
-        code = code_R[row]
-        for heat in range(first, num_heats):
-            cold = np.float32(max(now_H[heat] - tick_NH[code, heat], 0)) * tick
-            own = max(log_heat_NH[code, heat] - cold, HEAT_FLOOR)
-            out_FR[AT.heat_30m + heat, row] = own - total_H[heat]
+    # Item by item as it lies in memory, then column by column.
+    ticks, log_heats = items.tick_NH.ravel(), items.log_heat_NH.ravel()
+    num = end - begin
+    tick_E, log_heat_E = np.empty(num * num_heats, np.int64), np.empty(num * num_heats, np.float32)
+    for row in range(num):
+        at, source = row * num_heats, code_R[begin + row] * num_heats
+        for heat in range(num_heats):
+            tick_E[at + heat], log_heat_E[at + heat] = (
+                ticks[source + heat],
+                log_heats[source + heat],
+            )
+    for heat in range(first, num_heats):
+        now, total = now_H[heat], total_H[heat]
+        out_R = out_FR[AT.heat_30m + heat]
+        for row in range(num):
+            cold = np.float32(max(now - tick_E[row * num_heats + heat], 0)) * tick
+            own = log_heat_E[row * num_heats + heat] - cold
+            out_R[begin + row] = (own if own > HEAT_FLOOR else HEAT_FLOOR) - total
     if not timed:
         return
     count_N, first_ms_N, last_ms_N = items.count_N, items.first_ms_N, items.last_ms_N
@@ -327,8 +344,8 @@ def _heats(
         if count_N[code] == 0:
             out_FR[AT.untouched, row] = out_FR[AT.age, row] = UNKNOWN_TIME
         else:
-            out_FR[AT.untouched, row] = 1.0 + max(now_ms - last_ms_N[code], 0) / 60_000.0
-            out_FR[AT.age, row] = 1.0 + max(now_ms - first_ms_N[code], 0) / 60_000.0
+            out_FR[AT.untouched, row] = 1.0 + max(now_ms - last_ms_N[code], 0) * _MINUTES
+            out_FR[AT.age, row] = 1.0 + max(now_ms - first_ms_N[code], 0) * _MINUTES
 
 
 @compiled

@@ -50,8 +50,8 @@ def near_quickly(
     sessions: Sessions, past: list[int], per_item: int, nearest: int
 ) -> dict[int, float]:
     _, sum_N, places_S = scratch(len(sessions.rarity_N), len(sessions.start_S1))
-    room = [np.empty(LAST * per_item, np.int64) for _ in range(2)]
-    code_G = np.empty(nearest * (PIECE - 1), np.int64)
+    room = [np.empty(LAST * per_item + 1, np.int64) for _ in range(2)]
+    code_G = np.empty(nearest * (PIECE - 1) + 1, np.int64)
     last_L = np.array(past, np.int64)
     num = near_items(sessions, last_L, per_item, nearest, sum_N, places_S, *room, code_G)
     found = {code: sum_N[code] * sessions.rarity_N[code] for code in code_G[:num].tolist()}
