@@ -35,8 +35,9 @@ from afterclick.serving.errors import ContractError
 from afterclick.serving.features import REACH_FEATURES, TIMED, columns_of, describe
 from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import Memory
-from afterclick.serving.ranking import SCORE_DECIMALS, Ranked
+from afterclick.serving.ranking import rounded
 from afterclick.serving.rows import Rows, rows_after, rows_of
+from afterclick.serving.texts import SCORE_MAX, Ranked, ranked_of
 from afterclick.serving.together import Together
 
 USERS_MAX = 64
@@ -324,6 +325,7 @@ def compile_loops() -> None:
     scanner = Scanner(np.zeros((2, 2), np.float32), provider="cpu", threads=1)
     query_BD = np.zeros((1, 2), np.float32)
     gather(BlendSpec(features=["next"]), query_BD, [Context()], memory, rows, scanner, 1)
+    memory.texts.ranked(query_BD, np.zeros((1, 2), np.int64), zeros)
 
 
 def _left(
@@ -346,25 +348,22 @@ def _left(
 
 
 def _lists(pool: Found, score_R: F32, memory: Memory, want: int) -> list[Ranked]:
-    if not len(pool.code_R):
-        return [Ranked([], [])] * (len(pool.begin_B1) - 1)
     size_B = np.diff(pool.begin_B1)
+    if not len(pool.code_R):
+        return [ranked_of([], [])] * len(size_B)
     place_R = np.arange(len(score_R)) - np.repeat(pool.begin_B1[:-1], size_B)
     score_BK, place_BK, num_B = best_of_groups(score_R, place_R, size_B, want + 1)
-    again_BK = score_BK[:, 1:] == score_BK[:, :-1]
-    again_BK &= np.arange(1, score_BK.shape[1]) < num_B[:, None]
-    last_B = np.maximum(pool.begin_B1[1:] - 1, 0)
-    at_BK = np.minimum(place_BK + pool.begin_B1[:-1, None], last_B[:, None])
-    items = memory.ids_N[pool.code_R[at_BK[:, :want]]].tolist()
-    shown = np.round(score_BK[:, :want].astype(np.float64), SCORE_DECIMALS).tolist()
-    ranked = []
-    for user, (num, tied) in enumerate(zip(num_B.tolist(), again_BK.any(axis=1), strict=True)):
-        if tied:  # by item id, which may bring in others than the best by row
-            own = slice(pool.begin_B1[user], pool.begin_B1[user + 1])
-            names, scores = memory.ids_N[pool.code_R[own]].tolist(), score_R[own].tolist()
-            order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:want]
-            values = np.round(score_R[own].astype(np.float64)[order], SCORE_DECIMALS)
-            ranked.append(Ranked([names[at] for at in order], values.tolist()))
-        else:
-            ranked.append(Ranked(items[user][: min(num, want)], shown[user][: min(num, want)]))
+    is_own_BK = np.arange(score_BK.shape[1]) < num_B[:, None]
+    again_B = ((score_BK[:, 1:] == score_BK[:, :-1]) & is_own_BK[:, 1:]).any(axis=1)
+    again_B |= (is_own_BK & (np.abs(score_BK) > SCORE_MAX)).any(axis=1)
+    at_BK = np.where(is_own_BK, place_BK + pool.begin_B1[:-1, None], 0)
+    plain_B = np.where(again_B, 0, np.minimum(num_B, want))
+    ranked = memory.texts.ranked(score_BK, pool.code_R[at_BK], plain_B)
+    for user in np.flatnonzero(again_B).tolist():
+        # By item id, which may bring in others than the best by row.
+        own = slice(pool.begin_B1[user], pool.begin_B1[user + 1])
+        names, scores = memory.ids_N[pool.code_R[own]].tolist(), score_R[own].tolist()
+        order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:want]
+        values = rounded(score_R[own].astype(np.float64)[order])
+        ranked[user] = ranked_of([names[at] for at in order], values)
     return ranked

@@ -34,6 +34,7 @@ from afterclick.serving.manifest import (
     Manifest,
 )
 from afterclick.serving.records import item_hash
+from afterclick.serving.texts import Texts
 
 SPARE_ROWS = 1024
 """Rows are allocated in steps of this many, so that a new item rarely moves the matrix."""
@@ -83,6 +84,8 @@ class Catalog:
         self.ids_N: npt.NDArray[np.object_] = np.array(
             self.ids + [""] * (len(self.scan_vectors_ND) - num_rows), dtype=object
         )
+        self.texts = Texts(self.ids)
+        """`ids`, as lists write them."""
         self._seen = [_FROM_RELEASE] * num_rows
         self._row_by_id = {item_id: row for row, item_id in enumerate(self.ids)}
         self._row_by_hash: dict[int, int] = {}
@@ -220,6 +223,7 @@ class Catalog:
         self.step_vectors_NE[row], self.scan_vectors_ND[row] = vectors
         self.ids.append(item.item_id)
         self.ids_N[row] = item.item_id
+        self.texts.extend([item.item_id])
         self._seen.append(seen)
         self._row_by_id[item.item_id] = row
         self.matrix_changed = True

@@ -25,6 +25,7 @@ from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import MEMORY_NAME, Manifest
 from afterclick.serving.neighbours import index_sessions
 from afterclick.serving.records import item_hash
+from afterclick.serving.texts import Texts
 from afterclick.serving.trails import Spare, Trails, ranges
 
 I64 = npt.NDArray[np.int64]
@@ -116,6 +117,8 @@ class Memory:
         num_heats = len(HALF_LIVES_MS) + 1
         self.ids_N: npt.NDArray[np.object_] = np.zeros(0, object)
         """`ids`, to take many at once."""
+        self.texts = Texts(())
+        """`ids`, as lists write them."""
         self.hash_N = np.zeros(0, np.uint64)
         self.count_N = np.zeros(0, np.int64)
         self.first_ms_N = np.zeros(0, np.int64)
@@ -186,6 +189,7 @@ class Memory:
             for name, fill in _OF_ITEMS.items():
                 setattr(self, name, self._spare.grown(name, getattr(self, name), num, fill))
             self.ids_N[begin:] = list(fresh.values())
+            self.texts.extend(list(fresh.values()))
             self.hash_N[begin:] = list(fresh)
             for trails in (self.next, self.later, self.back):
                 trails.grow(num)

@@ -8,22 +8,13 @@ rows may not hold them all, `pick` says so and the caller ranks that user over t
 """
 
 from collections.abc import Container
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from afterclick.serving.engine import F32, I64, MASKED
-
-SCORE_DECIMALS = 4
-"""Scores in lists are for people; the order is decided before they are rounded."""
-
-
-class Ranked(NamedTuple):
-    """Items of one user, best first, with their scores, rounded to `SCORE_DECIMALS`."""
-
-    items: list[str]
-    scores: list[float]
+from afterclick.serving.texts import DECIMALS, SCORE_MAX, Ranked, Texts, ranked_of
 
 
 def pick(
@@ -60,28 +51,23 @@ def pick(
     if len(set(head)) != len(head):
         order = sorted(range(len(ids)), key=lambda at: (-scores[at], ids[at]))
         scores, ids = [scores[at] for at in order], [ids[at] for at in order]
-    return Ranked(ids[:want], _rounded(np.array(scores[:want])))
+    return ranked_of(ids[:want], rounded(np.array(scores[:want])))
 
 
-def pick_plain(
-    scores_BK: F32, rows_BK: I64, ids_N: npt.NDArray[np.object_], *, want: int
-) -> list[Ranked | None]:
+def pick_plain(scores_BK: F32, rows_BK: I64, texts: Texts, *, want: int) -> list[Ranked | None]:
     """`pick` for many users at once where there is nothing to decide.
 
     Returns:
-        Per user the list; None for one with ties, masked rows or too few rows, whom `pick` must
-        see.
+        Per user the list; None for one with ties, masked rows or too few rows, or scores that are
+        not written so fast, whom `pick` must see.
     """
     if scores_BK.shape[1] <= want:
         return [None] * len(scores_BK)
     near = scores_BK[:, : want + 1]
     plain = (near[:, 1:] < near[:, :-1]).all(axis=1) & (near[:, -1] > MASKED / 2)
-    ids = ids_N[rows_BK[:, :want]].tolist()
-    scores = _rounded(near[:, :want].astype(np.float64))
-    return [
-        Ranked(own, values) if fine else None
-        for own, values, fine in zip(ids, scores, plain.tolist(), strict=True)
-    ]
+    plain &= (np.abs(near[:, [0, -1]]) <= SCORE_MAX).all(axis=1)
+    ranked = texts.ranked(near, rows_BK, np.where(plain, want, 0))
+    return [own if fine else None for own, fine in zip(ranked, plain.tolist(), strict=True)]
 
 
 def rank_all(
@@ -96,6 +82,7 @@ def rank_all(
     return ranked
 
 
-def _rounded(scores: npt.NDArray[np.float64]) -> list[Any]:
-    rounded: list[Any] = np.round(scores, SCORE_DECIMALS).tolist()
-    return rounded
+def rounded(scores: npt.NDArray[np.float64]) -> list[Any]:
+    """As they stand in lists."""
+    shown: list[Any] = np.round(scores, DECIMALS).tolist()
+    return shown

@@ -23,6 +23,7 @@ At H 128 and n = 50 a record has 1,752 bytes, 1,240 of float16.
 import hashlib
 import struct
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeVar
 
@@ -264,6 +265,23 @@ def encode_list(top: TopList) -> bytes:
     """JSON of a list without its `written_ms`, which only the store knows."""
     data = msgspec.json.encode(top)
     return data[: data.rindex(_WRITTEN)].removesuffix(_NO_SIGNALS) + b"}"
+
+
+def list_writer(shell: TopList) -> Callable[[bytes, int, int], bytes]:
+    """`encode_list` of many lists that differ in little.
+
+    Args:
+        shell: what they have in common; without items, offset and time 0.
+
+    Returns:
+        A function of the JSON of items and scores (`texts.Ranked`), offset and time of the event.
+    """
+    before, _, rest = encode_list(shell).partition(b'"items":[],"scores":[]')
+    middle, _, after = rest.partition(b'"offset":0,"event_ms":0')
+    whole = b'%s%%b%s"offset":%%d,"event_ms":%%d%s' % tuple(
+        part.replace(b"%", b"%%") for part in (before, middle, after)
+    )
+    return lambda text, offset, event_ms: whole % (text, offset, event_ms)
 
 
 def stamp_list(body: bytes, written_ms: int) -> bytes:

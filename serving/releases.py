@@ -37,6 +37,7 @@ from afterclick.serving.manifest import (
 from afterclick.serving.memory import Memory
 from afterclick.serving.past import past_of
 from afterclick.serving.place import Place
+from afterclick.serving.ranking import pick_plain
 from afterclick.serving.settings import ServingSettings
 
 CURRENT_NAME = "current.json"
@@ -96,7 +97,7 @@ class LoadedRelease:
             )
             past = past_of([b""] * num_users, self.catalog, self.manifest.inputs.past)
             query_BD = self.engine.query(state_BS, past)
-            self.scanner.top(query_BD, want)
+            pick_plain(*self.scanner.top(query_BD, want), self.catalog.texts, want=want - 1)
             if self.blend is not None and self.memory is not None:
                 contexts = [Context()] * num_users
                 self.blend.rank(

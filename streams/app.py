@@ -30,10 +30,10 @@ from faust.types import TP
 from afterclick.serving.engine import choose_provider
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.keys import partition_of
-from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import TopList, encode_list
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
+from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.admin import TopicsInfo, check_topics, wait_for_broker
 from afterclick.streams.assignment import HeldPartition, Shared, State
 from afterclick.streams.chunks import ChunkConsumer, ChunkSchema, ChunkTransport
@@ -232,7 +232,7 @@ class Worker:
                 if held.state == State.READY
             }
             try:
-                first, serving = Ranked([], []), self.runtime.serving()
+                first, serving = ranked_of([], []), self.runtime.serving()
                 if 0 in tops:
                     want = self.serving.k + self.serving.margin
                     async with self.runtime.gate.shared():
@@ -413,11 +413,11 @@ class Worker:
         if 0 not in tops:
             return  # the worker that holds partition 0 writes the list
         blended = serving.release is not None and serving.release.blend is not None
-        items, scores_f = first if blended else self._popular_first(first)
+        ranked = first if blended else self._popular_first(first)
         body = encode_list(
             TopList(
-                items=items,
-                scores=scores_f,
+                items=ranked.items,
+                scores=ranked.scores,
                 source="model" if blended else "popularity",
                 release=serving.name,
                 publication=serving.publication,
@@ -442,7 +442,7 @@ class Worker:
         items = [item for _, item in ranked[:want]]
         scores_f = [float(-score) for score, _ in ranked[:want]]
         more = [item for item in first.items if item not in total][: max(0, want - len(items))]
-        return Ranked(items + more, scores_f + [0.0] * len(more))
+        return ranked_of(items + more, scores_f + [0.0] * len(more))
 
     def _write_unavailable(self, change: UnavailableChange) -> None:
         self.store.write_unavailable(change.before, change.after, change.changes, change.whole)

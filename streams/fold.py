@@ -13,7 +13,7 @@ slower.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,21 +24,22 @@ from afterclick.serving.engine import F32, Engine, Scanner
 from afterclick.serving.manifest import event_code, gap_bucket
 from afterclick.serving.memory import BEFORE, Memory, Move
 from afterclick.serving.past import past_of
-from afterclick.serving.ranking import Ranked, pick, pick_plain, rank_all
+from afterclick.serving.ranking import pick, pick_plain, rank_all
 from afterclick.serving.records import (
     INTERACTION_BYTES,
     Interaction,
     TopList,
     UserRecord,
-    encode_list,
     is_repeat,
     item_hash,
     last_hashes,
+    list_writer,
     pack_interaction,
     repeat_tag,
     unpack_interactions,
 )
 from afterclick.serving.settings import ListRules
+from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.events import FoldEvent
 from afterclick.streams.popularity import Popularity
 
@@ -300,7 +301,7 @@ def rank_states(
         fetch = want + 1 + max((len(drop) for drop in drops), default=0)
         scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
         complete = scores_BK.shape[1] == release.scanner.num_rows
-        plain = pick_plain(scores_BK, rows_BK, release.catalog.ids_N, want=want)
+        plain = pick_plain(scores_BK, rows_BK, release.catalog.texts, want=want)
         for at in range(len(q_BD)):
             drop = drops[at] if drops else frozenset()
             found = plain[at] if not drop else None
@@ -491,26 +492,28 @@ def _finish(
         return Folded(records, lists, added, counts, due, [])
     if release is None:
         rankings = [
-            Ranked([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
+            ranked_of([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
             for draft in listed.values()
         ]
     else:
         rankings = _rank(list(listed.values()), inputs, release)
-    for (user_id, draft), ranked in zip(listed.items(), rankings, strict=True):
-        lists[user_id] = encode_list(
-            TopList(
-                items=ranked.items,
-                scores=ranked.scores,
-                source="popularity" if release is None else "model",
-                release=inputs.release,
-                publication=inputs.publication,
-                items_offset=list(inputs.items),
-                partition=partition,
-                offset=draft.offset,
-                event_ms=draft.event_ms,
-                signals=inputs.signals,
-            )
+    source: Literal["model", "popularity"] = "popularity" if release is None else "model"
+    write = list_writer(
+        TopList(
+            items=[],
+            scores=[],
+            source=source,
+            release=inputs.release,
+            publication=inputs.publication,
+            items_offset=list(inputs.items),
+            partition=partition,
+            offset=0,
+            event_ms=0,
+            signals=inputs.signals,
         )
+    )
+    for (user_id, draft), ranked in zip(listed.items(), rankings, strict=True):
+        lists[user_id] = write(ranked.text, draft.offset, draft.event_ms)
     return Folded(records, lists, added, counts, {}, [])
 
 

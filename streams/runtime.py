@@ -20,9 +20,9 @@ from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import F32
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.manifest import Publication
-from afterclick.serving.ranking import Ranked
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
+from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.events import Item, decode_item
 from afterclick.streams.feed import SignalsFeed
 from afterclick.streams.fold import rank_states
@@ -118,7 +118,7 @@ class Runtime:
         The caller holds the gate: a memory must not move meanwhile.
         """
         if self.loaded is None:
-            return Ranked([], [])
+            return ranked_of([], [])
         state_BS: F32 = self.loaded.engine.zero_state(1)
         return rank_states(state_BS, self.loaded, want=want, head=self._settings.head)[0]
 

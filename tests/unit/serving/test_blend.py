@@ -12,11 +12,11 @@ from afterclick.serving.errors import ContractError
 from afterclick.serving.features import FEATURES
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, read_manifest
 from afterclick.serving.memory import HOUR_MS, Move
-from afterclick.serving.ranking import Ranked
 from afterclick.serving.records import Interaction, item_hash, pack_interaction
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.rows import rows_of
 from afterclick.serving.settings import ServingSettings
+from afterclick.serving.texts import Ranked
 from afterclick.streams.events import Item
 from afterclick.streams.fold import rank_states
 from tests.tiny_release import digest_of, write_tiny_release

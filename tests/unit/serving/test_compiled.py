@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from numba.core.registry import CPUDispatcher
 
-from afterclick.serving import candidates, context, describing
+from afterclick.serving import candidates, context, describing, texts
 from afterclick.serving.blend import compile_loops
 from afterclick.serving.context import Context
 from afterclick.serving.manifest import Publication
@@ -20,7 +20,7 @@ from afterclick.serving.settings import ServingSettings
 from tests.tiny_release import digest_of, write_tiny_release
 
 SERVING = Path(__file__).parents[3] / "serving"
-MODULES = (candidates, context, describing)
+MODULES = (candidates, context, describing, texts)
 
 
 def compiled_functions() -> dict[str, CPUDispatcher]:
@@ -40,7 +40,12 @@ def test_a_loaded_release_compiles_nothing_more(tmp_path: Path, scan: str) -> No
     settings = ServingSettings(provider="cpu", threads=1, scan=scan)
     loaded = LoadedRelease(publication, tmp_path / "r1", settings)
     before = {name: len(own.signatures) for name, own in compiled_functions().items()}
-    for name in ("context._newest_first", "candidates.name_candidates", "describing.describe_all"):
+    for name in (
+        "context._newest_first",
+        "candidates.name_candidates",
+        "describing.describe_all",
+        "texts._written",
+    ):
         assert before[f"afterclick.serving.{name}"] == 1
     assert loaded.blend is not None
     assert loaded.memory is not None

@@ -14,6 +14,7 @@ from afterclick.serving.manifest import Manifest, Publication, read_manifest
 from afterclick.serving.ranking import pick, pick_plain, rank_all
 from afterclick.serving.releases import LoadedRelease, ReleaseStore, self_test
 from afterclick.serving.settings import ServingSettings
+from afterclick.serving.texts import Texts
 from tests.tiny_release import digest_of, write_tiny_release
 
 
@@ -163,7 +164,7 @@ def test_top_k_equals_a_full_sort_ties_by_item_id() -> None:
         found = pick(scores_N[rows], rows, ids_N, want=want, drop=drop, complete=fetch == num)
         found = found or rank_all(scores_N, ids_N, want=want, drop=drop)
         assert found.items == expected
-        plain = pick_plain(scores_N[rows][None], rows[None], ids_N, want=want)[0]
+        plain = pick_plain(scores_N[rows][None], rows[None], Texts(ids_N.tolist()), want=want)[0]
         if plain is not None and not drop:
             assert plain.items == expected
 

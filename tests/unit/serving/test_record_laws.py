@@ -18,12 +18,14 @@ from afterclick.serving.records import (
     encode_list,
     encode_record,
     is_repeat,
+    list_writer,
     pack_interaction,
     repeat_tag,
     stamp_list,
     unpack_interactions,
     without_stamp,
 )
+from afterclick.serving.texts import ranked_of
 
 interactions = st.builds(
     Interaction,
@@ -120,6 +122,30 @@ def test_a_lists_stamp_comes_off_again() -> None:
     assert without_stamp(stamped) == body
     assert msgspec.json.decode(stamped, type=TopList).written_ms == 1234
     assert msgspec.json.decode(body, type=TopList).items == top.items
+
+
+@given(st.text(max_size=9), st.lists(st.integers(0, 9)), st.integers(0), st.integers(0, 3))
+def test_lists_around_their_text_are_those_encoded_whole(
+    release: str, offsets: list[int], offset: int, signals: int
+) -> None:
+    """Whatever a release is called: what users' lists share is written once a chunk."""
+    shell = TopList(
+        items=[],
+        scores=[],
+        source="model",
+        release=release,
+        publication=1,
+        items_offset=offsets,
+        partition=0,
+        offset=0,
+        event_ms=0,
+        signals=signals,
+    )
+    ranked = ranked_of(["a", '"offset":0', "%d"], [3.0, 2.5, -1.0])
+    whole = msgspec.structs.replace(
+        shell, items=ranked.items, scores=ranked.scores, offset=offset, event_ms=offset + 1
+    )
+    assert list_writer(shell)(ranked.text, offset, offset + 1) == encode_list(whole)
 
 
 @given(st.binary(max_size=40))
