@@ -174,8 +174,9 @@ class SimulatedWorker(Worker):
         self._buffer: asyncio.Queue[Any] = asyncio.Queue(64)
         self._simulated = SimulatedConsumer(around.broker, process, rng, self._buffer.put)
         self._left: asyncio.Task[Any] | None = None
+        self.prepared = asyncio.Event()
         self._shared = Shared(
-            prepared=asyncio.Event(),
+            prepared=self.prepared,
             gate=self.runtime.gate,
             threads=None,
             slots=asyncio.Semaphore(2),
@@ -276,7 +277,7 @@ class SimulatedWorker(Worker):
 
     async def _prepare(self) -> None:
         await self.runtime.start()
-        self._shared.prepared.set()
+        self.prepared.set()
         await asyncio.gather(self.runtime.watch(), self.runtime.follow_signals())
 
     def _new_fold(self, partition: int) -> PartitionFold:

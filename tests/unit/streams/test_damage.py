@@ -134,7 +134,7 @@ def test_a_damaged_head_refuses_its_partition(store: Replica, release: LoadedRel
         (lambda data: data[:9], "at least"),
         (
             lambda data: encode_record(decode_record(data)._replace(state=b"\x00" * 40)),
-            "state of 10 floats",
+            "state of 40 bytes",
         ),
     ],
 )
