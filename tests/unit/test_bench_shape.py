@@ -130,6 +130,7 @@ def test_a_read_counts_from_when_it_was_due_and_a_lost_one_is_infinite() -> None
     assert (found["reads"], found["p50"], found["max"]) == (6, 5.0, None)
     assert (found["lost"], found["wrong"]) == (2, {"status 503": 2})
     assert found["reader_lag_p99"] == 4.0
+    assert found["call_p99"] is None
 
 
 def progress(values: list[int]) -> Callable[[], int]:
