@@ -188,18 +188,17 @@ class Heads(threading.Thread):
         self._next: dict[int, int] = {}
         self.still_s: dict[int, float] = {}
 
-    def begin(self) -> None:
-        """Count from here on."""
-        self.still_s = dict.fromkeys(self.still_s, 0.0)
-
     def run(self) -> None:
         while not self._done.wait(EVERY_S):
-            now_s = time.perf_counter()
-            for partition, head in enumerate(self._stage.heads()):
-                if head.next != self._next.get(partition):
-                    self._next[partition], self._moved_s[partition] = head.next, now_s
-                stood_s = now_s - self._moved_s[partition]
-                self.still_s[partition] = max(stood_s, self.still_s.get(partition, 0.0))
+            self.look(time.perf_counter(), [head.next for head in self._stage.heads()])
+
+    def look(self, now_s: float, nexts: Sequence[int]) -> None:
+        """Take in how far every partition is at a moment."""
+        for partition, next_ in enumerate(nexts):
+            if next_ != self._next.get(partition):
+                self._next[partition], self._moved_s[partition] = next_, now_s
+            stood_s = now_s - self._moved_s[partition]
+            self.still_s[partition] = max(stood_s, self.still_s.get(partition, 0.0))
 
     def stop(self) -> dict[int, float]:
         """Seconds, by partition."""
@@ -235,6 +234,8 @@ def rebalances(
         ):  # fmt: skip
             found[name] = _during(stage, name, rate, seconds, event)
             _say({name: found[name]})
+            if found[name]["event_s"] > seconds - BEGIN_S - 1:
+                failures.append(f"{name}: the load ended first: raise --event-seconds")
             if found[name]["unseen"] or found[name]["wrong_offset"]:
                 failures.append(f"{name}: {found[name]['unseen']} lists unseen")
         report = verify(stage.serving, stage.streams)

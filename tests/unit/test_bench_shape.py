@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.gpu import CARDS, floors_ms
 from benchmarks.ground import Options, backlog
 from benchmarks.latency import Schedule, Task, summary
 from benchmarks.readers import Seen
+from benchmarks.scale import Heads
 from benchmarks.sizing import Cost, need
 from benchmarks.stages import shares, stage_of
 
@@ -210,3 +212,11 @@ def test_what_a_deployment_needs_is_the_product_of_rate_and_cost() -> None:
     assert (found.redis_cores, found.broker_cores, found.redis_gb) == (1, 1, 8.0)
     assert found.mbit_per_s == 200.0
     assert need(cost, clicks_per_s=10_000, users=1, items=10**6, scan_us=1000.0).worker_cores == 44
+
+
+def test_a_partition_s_stand_is_the_longest_time_between_two_of_its_moves() -> None:
+    """One that still stands at the end counts as long as it was looked at."""
+    heads = Heads(cast(Any, None))
+    for now_s, nexts in ((1.0, [5, 5]), (1.5, [6, 5]), (3.5, [6, 5]), (4.0, [7, 5]), (4.5, [8, 5])):
+        heads.look(now_s, nexts)
+    assert heads.still_s == {0: 2.0, 1: 3.5}

@@ -355,6 +355,13 @@ def test_settings_come_from_environment_then_file_then_flags(tmp_path: Path) -> 
         training_settings({"AFTERCLICK_TRAINING__NO_SUCH": "1"}, None, {})
 
 
+def test_states_of_halves_need_an_even_number_of_units() -> None:
+    """A record counts words of four bytes; told before hours of training, not after."""
+    assert training_settings({}, None, {"units": 15}).units == 15
+    with pytest.raises(ConfigError, match="even number of units, got 15"):
+        training_settings({}, None, {"units": 15, "state_dtype": "fp16"})
+
+
 def test_newer_clicks_weigh_more_where_a_half_life_is_set() -> None:
     """An hour older counts half; the mean stays 1, so that the learning rate keeps its meaning."""
     weight_P = recency_weights(np.array([0, 3_600_000, 7_200_000]), half_life_h=1.0)
