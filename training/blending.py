@@ -33,6 +33,7 @@ from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_inte
 from afterclick.serving.rows import Rows, rows_of
 from afterclick.training.blend_graph import CLIP, blend_graph
 from afterclick.training.data import UNKNOWN, Held
+from afterclick.training.denormals import flushed
 from afterclick.training.evaluate import LIST
 from afterclick.training.metrics import MISS, NOTHING, Ranking, rates
 from afterclick.training.settings import TrainingSettings
@@ -395,6 +396,7 @@ def _candidates(
     )
 
 
+@flushed()
 def _fit_one(
     examples: _Examples,
     part_X: I64,

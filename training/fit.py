@@ -24,6 +24,7 @@ from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.training import peers
 from afterclick.training.batch import batch_of, keeping, next_purchases
 from afterclick.training.data import I64, Held, Mask, Sequences, batches, windows
+from afterclick.training.denormals import flushed
 from afterclick.training.evaluate import model_ranks
 from afterclick.training.losses import F32, Candidates, Drawn, Scored, next_item_loss
 from afterclick.training.metrics import rates
@@ -259,11 +260,9 @@ def device_of(settings: TrainingSettings) -> torch.device:
 def _prepare(settings: TrainingSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    # Early gradients of rare items are denormal numbers, which cost a CPU a hundred times a
-    # normal one: serenade's first epoch took 92 s, the second 8 s.
-    torch.set_flush_denormal(True)
 
 
+@flushed()
 def _epoch(
     run: _Run,
     part: Sequences,

@@ -420,3 +420,12 @@ def test_the_data_decides_what_nobody_else_did(
     assert (settled.batch_events, settled.retrain) == expected
     said = TrainingSettings(batch_events=64, retrain="off")
     assert said.settled(num_events, share) == said
+
+
+def test_training_leaves_the_thread_s_arithmetic_as_it_was() -> None:
+    """A worker's lists, made in the same process afterwards, keep a worker's bits."""
+    tiny = np.float32(1e-40)
+    run(quick(epochs=1))
+
+    assert float(torch.tensor([tiny]) * 1.0) > 0.0
+    assert tiny * np.float32(1.0) > 0.0
