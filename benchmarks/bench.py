@@ -75,8 +75,10 @@ the watcher take so much that half of what a drain reaches may not be sustained 
 """
 SWAP_SHARE = f"{LIVE_SHARES[0]:g}"
 """The load beside which releases are swapped at last; measured as long in peace before."""
-SWAPS = 4
-"""Publications while it lasts."""
+SWAPS = 2
+"""Publications while it lasts. Each makes all users' lists anew, some five seconds of CPU at 20,000
+users: one every two seconds would be another load than the one in peace.
+"""
 
 
 def run_once(options: Options, folder: Path) -> dict[str, Any]:
