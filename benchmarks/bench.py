@@ -74,7 +74,7 @@ LIVE_SHARES = (0.0625, 0.125, 0.25)
 the watcher take so much that half of what a drain reaches may not be sustained live.
 """
 SWAP_SHARE = f"{LIVE_SHARES[0]:g}"
-"""The load beside which releases are swapped at last; measured as long in peace before."""
+"""The load beside which releases are swapped; measured as long in peace just before."""
 SWAPS = 2
 """Publications while it lasts. Each makes all users' lists anew, some five seconds of CPU at 20,000
 users: one every two seconds would be another load than the one in peace.
@@ -106,25 +106,23 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             _count(stage, failures)
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
             idle = latency.measure(stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds)
-            ladder = {}
+            ladder, swapped = {}, {}
             for share in LIVE_SHARES:
                 live = rate.clicks_per_s * share
                 _say(f"latency at {live:.0f} clicks/s")
                 whole = f"{share:g}" == SWAP_SHARE
+                seconds = options.seconds / (1 if whole else 2)
                 ladder[f"{share:g}"] = latency.measure(
-                    stage,
-                    f"live-{share:g}",
-                    rate=live,
-                    seconds=options.seconds / (1 if whole else 2),
+                    stage, f"live-{share:g}", rate=live, seconds=seconds
                 )
+                if whole:
+                    _say("the same, releases swapped meanwhile")
+                    swapped = swap.with_swaps(
+                        stage, worker, rate=live, seconds=seconds, every_s=seconds / SWAPS
+                    )
             half = rate.clicks_per_s / 2
             _say(f"latency at {half:.0f} clicks/s")
             loaded = latency.measure(stage, "half", rate=half, seconds=options.seconds)
-            live = ladder[SWAP_SHARE]["rate"]
-            _say(f"latency at {live:.0f} clicks/s, releases swapped meanwhile")
-            swapped = swap.with_swaps(
-                stage, worker, rate=live, seconds=options.seconds, every_s=options.seconds / SWAPS
-            )
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")
             if not worker.process.running:
