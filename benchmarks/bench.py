@@ -166,7 +166,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
 
 def _drain(stage: Ground) -> Drain:
     return Drain(
-        lambda: sum(head.next for head in stage.heads()),
+        stage.applied,
         total=stage.options.clicks,
         warm_up=stage.options.warm_up,
         limit_s=300.0,

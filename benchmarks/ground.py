@@ -5,7 +5,9 @@ Knows no contestant. Everything is made from the seed, so two runs feed the same
 
 import contextlib
 import os
+import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.admin import client_config, create_topics
 from afterclick.streams.events import Click, encode
-from afterclick.streams.local import local_broker, local_kafka, local_redis
+from afterclick.streams.local import HOST, local_broker, local_kafka, local_redis
 from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings
 from tests.tiny_release import write_tiny_release
@@ -179,6 +181,13 @@ def _release(
     )
     store.add(staged)
     return store.publish("random"), store.fetch("random")
+
+
+def metrics_of(port: int) -> dict[str, float]:
+    """What a process on this machine tells on /metrics, but for series with labels."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10) as page:
+        found = re.findall(r"^(\w+) (\S+)$", page.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
 
 
 def cpu_s(pid: int) -> float:

@@ -6,12 +6,10 @@ while the worker drains a backlog. Prints the machine, a table, one JSON line.
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from kafka import KafkaProducer
 
 from afterclick.streams.admin import client_config
 from afterclick.streams.events import Item, encode
-from afterclick.streams.local import HOST, local_worker
-from benchmarks.ground import Ground, Options, backlog, fill, ground
+from afterclick.streams.local import local_worker
+from benchmarks.ground import Ground, Options, backlog, fill, ground, metrics_of
 from benchmarks.report import machine, tell
 
 LIMIT_S = 30.0
@@ -73,9 +71,9 @@ def run(options: Options, folder: Path, *, num: int) -> dict[str, Any]:
         fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
         with local_worker(stage.worker_env, folder) as worker:
             result["beside_writes"] = measure(stage, worker.port, "beside", num)
-            if _applied(stage) >= options.clicks:
+            if stage.applied() >= options.clicks:
                 failures.append("the backlog ended before the items: raise --clicks")
-            while _applied(stage) < options.clicks:
+            while stage.applied() < options.clicks:
                 time.sleep(0.1)
             result["in_peace"] = measure(stage, worker.port, "peace", num)
     failures += [f"{load}: {one['lost']} items lost" for load, one in result.items() if one["lost"]]
@@ -91,15 +89,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, "", *(f"- {words}" for words in result["failures"])]
 
 
-def _applied(stage: Ground) -> int:
-    return sum(head.next for head in stage.heads())
-
-
 def _items_of(port: int) -> int:
-    page = urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10).read().decode()
-    found = re.search(r"^afterclick_catalog_items (\S+)$", page, re.MULTILINE)
-    assert found is not None, "the worker tells it"
-    return int(float(found.group(1)))
+    return int(metrics_of(port)["afterclick_catalog_items"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ machine, a table, one JSON line.
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from afterclick.serving.reader import Top, TopK
 from afterclick.streams.local import HOST, afterclick_argv, local_worker
 from afterclick.streams.processes import Process, free_port
-from benchmarks.ground import NAMESPACE, ROOT, Ground, Options, backlog, fill, ground
+from benchmarks.ground import NAMESPACE, ROOT, Ground, Options, backlog, fill, ground, metrics_of
 from benchmarks.readers import DRAIN_S, Seen, Task
 from benchmarks.report import machine, tell
 
@@ -220,9 +219,7 @@ def _answers(port: int) -> bool:
 
 
 def _cpu_s(port: int) -> float:
-    page = urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10).read().decode()
-    found = re.search(r"^process_cpu_seconds_total (\S+)$", page, re.MULTILINE)
-    return float(found.group(1)) if found else float("nan")
+    return metrics_of(port)["process_cpu_seconds_total"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

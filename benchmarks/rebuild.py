@@ -8,13 +8,11 @@ the worker's process and of rebuild's with their start, tells more than rates on
 
 import argparse
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from afterclick.streams.local import afterclick_argv, local_worker
 from afterclick.streams.rebuild import Rebuilt
 from afterclick.streams.verify import verify
 from benchmarks.drain import Drain
-from benchmarks.ground import Ground, Options, backlog, fill, ground
+from benchmarks.ground import Ground, Options, backlog, fill, ground, metrics_of
 from benchmarks.report import machine
 
 
@@ -53,7 +51,7 @@ def _run(stage: Ground, folder: Path, jobs: int) -> dict[str, object]:
     options = stage.options
     fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
     drain = Drain(
-        lambda: sum(head.next for head in stage.heads()),
+        stage.applied,
         total=options.clicks,
         warm_up=options.warm_up,
         limit_s=600.0,
@@ -61,8 +59,7 @@ def _run(stage: Ground, folder: Path, jobs: int) -> dict[str, object]:
     with local_worker(stage.worker_env, folder) as worker:
         streamed = drain.result()
         _settle(stage)
-        page = urllib.request.urlopen(f"{worker.url}/metrics").read().decode()  # noqa: S310
-    (streamed_cpu_s,) = re.findall(r"^process_cpu_seconds_total (\S+)$", page, re.MULTILINE)
+        streamed_cpu_s = metrics_of(worker.port)["process_cpu_seconds_total"]
     for key in stage.redis.scan_iter(count=1000):
         if not key.endswith((b":inputs", b":meta")):
             stage.redis.delete(key)
@@ -78,7 +75,7 @@ def _run(stage: Ground, folder: Path, jobs: int) -> dict[str, object]:
         "streamed_clicks_per_s": round(streamed.clicks_per_s, 1),
         "rebuild_clicks_per_s": rebuilt.clicks_per_s,
         "ratio": round(rebuilt.clicks_per_s / streamed.clicks_per_s, 2),
-        "streamed_cpu_us_per_click": round(float(streamed_cpu_s) * 1e6 / options.clicks, 1),
+        "streamed_cpu_us_per_click": round(streamed_cpu_s * 1e6 / options.clicks, 1),
         "rebuild_cpu_us_per_click": round(cpu_s * 1e6 / options.clicks, 1),
         "clicks": rebuilt.clicks,
         "users": rebuilt.users,

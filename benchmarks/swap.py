@@ -7,12 +7,10 @@ both histograms, and one JSON object as the last line.
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from afterclick.serving.releases import ReleaseStore
 from afterclick.streams.local import Worker, local_worker
 from afterclick.streams.verify import verify
 from benchmarks import latency
-from benchmarks.ground import Ground, Options, backlog, fill, ground
+from benchmarks.ground import Ground, Options, backlog, fill, ground, metrics_of
 from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         fill(stage, backlog(options, end_ms=time.time_ns() // 1_000_000 - 60_000))
         with local_worker(stage.worker_env, Path(name)) as worker:
-            while sum(head.next for head in stage.heads()) < options.clicks:
+            while stage.applied() < options.clicks:
                 time.sleep(0.1)
             peace = latency.measure(stage, "peace", rate=given.rate, seconds=given.seconds)
             swapped = with_swaps(
@@ -146,10 +144,9 @@ def _add_release(stage: Ground, name: str, *, seed: int) -> None:
     store.add(folder)
 
 
-def _counters(worker: Worker) -> dict[str, Any]:
-    page = urllib.request.urlopen(f"{worker.url}/metrics").read().decode()  # noqa: S310
-    found = dict(re.findall(r"^afterclick_(\w+) (\S+)$", page, re.MULTILINE))
-    return {name: float(found[name]) for name in COUNTERS}
+def _counters(worker: Worker) -> dict[str, float]:
+    told = metrics_of(worker.port)
+    return {name: told[f"afterclick_{name}"] for name in COUNTERS}
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def tune(
         study.tell(cut_off.number, state=TrialState.FAIL)
 
     if method != "grid" and not study.get_trials(deepcopy=False):
-        given = {name: getattr(settled(data, base), name) for name in space}
+        begin = settled(data, base)
+        given = {name: getattr(begin, name) for name in space}
         if all(holds(space[name], value) for name, value in given.items()):
             study.enqueue_trial(given)
 
