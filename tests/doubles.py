@@ -1,4 +1,4 @@
-"""Logs for unit tests, and chunks cut from them."""
+"""Logs for unit tests, chunks cut from them, and damage."""
 
 from afterclick.streams.events import Click, encode
 from afterclick.streams.record import Chunk, Record
@@ -25,3 +25,8 @@ def cut(records: list[Record], sizes: list[int]) -> list[Chunk]:
         chunks.append(Chunk(begin, piece[-1].offset + 1, piece))
         begin, at, turn = piece[-1].offset + 1, at + len(piece), turn + 1
     return chunks
+
+
+def damaged(data: bytes) -> bytes:
+    """The same bytes with one bit turned over, whatever they were."""
+    return data[:-1] + bytes([data[-1] ^ 1])

@@ -33,7 +33,7 @@ from afterclick.streams.rebuild import rebuild
 from afterclick.streams.record import LogEdges
 from afterclick.streams.replica import Replica
 from afterclick.streams.settings import StreamsSettings
-from tests.doubles import cut, log_of
+from tests.doubles import cut, damaged, log_of
 from tests.service.stage import Stage, some_clicks
 
 pytestmark = [pytest.mark.service, pytest.mark.anybroker]
@@ -466,7 +466,7 @@ def test_verify_sees_damage_to_what_was_carried(stage: Stage, moved: Stage) -> N
     assert found.record is not None
     assert found.list_data is not None
     for record, body, words in (
-        (found.record[:-1] + b"\0", found.list_data, "record"),
+        (damaged(found.record), found.list_data, "record"),
         (found.record, found.list_data.replace(b'"items":["', b'"items":["x'), "list"),
         (b"", b"", "has none"),
     ):

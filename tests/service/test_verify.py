@@ -17,6 +17,7 @@ from afterclick.streams.partition import PartitionFold
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.refold import Releases
+from tests.doubles import damaged
 from tests.service.stage import Stage, some_clicks
 
 pytestmark = [pytest.mark.service, pytest.mark.anybroker]
@@ -100,7 +101,7 @@ def test_every_kind_of_damage_is_found_and_named(folded: Stage, client: redis.Re
             msgspec.structs.replace(msgspec.json.decode(data, type=TopList), **fields)
         )
 
-    assert "u7': record: state differs" in broken(record, lambda d: d[:40] + b"\0" + d[41:])
+    assert "u7': record: state differs" in broken(record, lambda d: damaged(d[:41]) + d[41:])
     assert "u7': record: Redis has none" in broken(record, lambda d: None)
     assert "u7': list: Redis has none" in broken(top, lambda d: None)
     assert "u7': list: items[0] is ['x']" in broken(top, listed(items=["x"]))
@@ -168,7 +169,7 @@ def test_lists_that_are_put_off_are_counted_and_their_records_compared(
     record = folded.keys.user(partition, "u7")
     whole = client.get(record)
     assert whole is not None
-    client.set(record, whole[:40] + b"\0" + whole[41:])
+    client.set(record, damaged(whole[:41]) + whole[41:])
     assert "'u7': record: state differs" in (folded.verify().first_difference or "")
     client.set(record, whole)
     while any(fold.renew_due(100).lists for fold in folds):

@@ -12,6 +12,7 @@ from afterclick.serving.reader import TopK
 from afterclick.serving.records import decode_record
 from afterclick.streams.events import Click, Item, encode
 from afterclick.streams.local import readiness
+from tests.doubles import damaged
 from tests.service.stage import Stage, some_clicks
 
 pytestmark = pytest.mark.service
@@ -57,7 +58,7 @@ def test_a_release_that_fails_its_checks_is_refused_and_the_old_one_stays(stage:
         publication = stage.publish("tampered", seed=2)
         broken = stage.folder / "releases" / "tampered" / "scan_vectors.npy"
         stage.wait(lambda: '"publication":2' in readiness(worker.port)[1].replace(" ", ""), "swap")
-        broken.write_bytes(broken.read_bytes()[:-1] + b"\0")
+        broken.write_bytes(damaged(broken.read_bytes()))
         current = stage.folder / "releases" / "current.json"
         current.write_text(
             json.dumps(

@@ -15,6 +15,7 @@ from afterclick.serving.ranking import pick, pick_plain, rank_all
 from afterclick.serving.releases import LoadedRelease, ReleaseStore, self_test
 from afterclick.serving.settings import ServingSettings
 from afterclick.serving.texts import Texts
+from tests.doubles import damaged
 from tests.tiny_release import digest_of, write_tiny_release
 
 
@@ -219,8 +220,7 @@ def test_a_torn_or_tampered_release_is_refused_by_name(name: str, tmp_path: Path
     folder = tmp_path / "r1"
     write_tiny_release(folder)
     publication = Publication(number=1, release="r1", sha256=digest_of(folder))
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (folder / name).write_bytes(damaged((folder / name).read_bytes()))
     with pytest.raises(ContractError, match=f"sha256 of {name}") as caught:
         LoadedRelease(publication, folder, ServingSettings(provider="cpu"))
     assert caught.value.reason == "checksum"

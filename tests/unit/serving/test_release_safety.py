@@ -26,6 +26,7 @@ from afterclick.serving.manifest import (
 )
 from afterclick.serving.releases import CURRENT_NAME, LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
+from tests.doubles import damaged
 from tests.tiny_release import write_tiny_release
 
 SETTINGS = ServingSettings(provider="cpu", threads=1, k=5, margin=2)
@@ -83,8 +84,7 @@ def test_a_link_is_judged_by_what_it_leads_to(folder: Path, name: str, tmp_path:
     (folder / name).symlink_to(other)
     LoadedRelease(publication, folder, SETTINGS)
 
-    data = other.read_bytes()
-    other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    other.write_bytes(damaged(other.read_bytes()))
 
     assert refused(folder, publication).reason in ("checksum", "manifest")
 
