@@ -24,6 +24,9 @@ MISS = 1 << 60
 NOTHING = -1
 """Code in a list's place that holds no item."""
 
+OF_TEST = "test/"
+"""Before the method in a manifest's metrics, where they are of a test file."""
+
 RESAMPLES = 1000
 """Of a bootstrap: its own noise is then about 2% of an interval's width."""
 

@@ -38,7 +38,7 @@ from afterclick.training.data import (
 from afterclick.training.evaluate import model_queries, model_ranks
 from afterclick.training.export import Tables, build_tables, check_release, write_release
 from afterclick.training.fit import Epoch, Fitted, Guide, fit
-from afterclick.training.metrics import Ranking, headlines, rates
+from afterclick.training.metrics import OF_TEST, Ranking, headlines, rates
 from afterclick.training.model import Recommender
 from afterclick.training.prepare import Data, clicked, prepare, settled
 from afterclick.training.progress import Silent, Teller
@@ -361,7 +361,7 @@ def _export(
             snapshot=source.snapshot,
             items_offset=source.items_offset,
             signals_offset=source.signals_offset,
-            metrics={**metrics, **{f"test/{name}": found for name, found in tested.items()}},
+            metrics={**metrics, **{OF_TEST + name: found for name, found in tested.items()}},
             seed=settings.seed,
             blend=blend,
             memory=memory,

@@ -40,6 +40,7 @@ from afterclick.training.data import (
 from afterclick.training.evaluate import CELLS_MAX, LIST, ranking_of
 from afterclick.training.metrics import (
     NOTHING,
+    OF_TEST,
     Ranking,
     coverage,
     diversity,
@@ -75,6 +76,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """
     intervals: dict[str, dict[str, tuple[float, float]]]
     """95% bootstrap over sessions, or users, of every rate."""
+    validation: dict[str, dict[str, float]]
+    """What the release's training run measured on its own validation part: settings are to be
+    chosen by these, not by `test`.
+    """
 
 
 class _Question(NamedTuple):
@@ -168,6 +173,11 @@ def evaluate_release(
         intervals={
             name: intervals(ranking.rank_X, group_X, seed=seed)
             for name, ranking in rankings.items()
+        },
+        validation={
+            name: figures
+            for name, figures in loaded.manifest.metrics.items()
+            if not name.startswith(OF_TEST)
         },
     )
 

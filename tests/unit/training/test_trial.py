@@ -40,7 +40,8 @@ def test_a_release_is_ranked_as_its_training_run_ranked_it(
     clicks, test = str(files / "clicks.csv"), str(files / "test.csv")
     config = ["--config", str(files / "settings.toml")]
     train(["--clicks", clicks, "--test", test, "--json", "--progress", "none", *config])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])["test"]
+    trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = trained["test"]
     picture = files / "plots" / "table.png"
 
     code = evaluate(
@@ -56,6 +57,7 @@ def test_a_release_is_ranked_as_its_training_run_ranked_it(
     assert found["test"]["hit_rate_20"] == pytest.approx(told["hit_rate_20"], abs=1e-3)
     assert found["test"]["mrr_20"] == pytest.approx(told["mrr_20"], abs=1e-3)
     assert set(found["methods"]) == {"model", *BASELINES}
+    assert found["validation"] == trained["metrics"], "settings are chosen by these"
     for name in BASELINES:
         assert found["methods"][name]["mrr_20"] == pytest.approx(told[name]["mrr_20"]), name
     for name, values in found["methods"].items():
