@@ -94,6 +94,7 @@ def send(task: Task) -> None:
     encoded = [encode(click) for click in schedule.clicks]
     sent_ns, futures = [], []
     late_start_ns = time.monotonic_ns() - task.start_ns
+    cpu_before_s = time.process_time()
     for due_ns, (key, value) in zip(schedule.due_ns, encoded, strict=True):
         wait_ns = due_ns - time.monotonic_ns()
         if wait_ns > 0:
@@ -101,9 +102,11 @@ def send(task: Task) -> None:
         sent_ns.append(time.monotonic_ns())
         futures.append(producer.send(topic, key=key, value=value))
     producer.flush(timeout=60)
+    cpu_s = time.process_time() - cpu_before_s
     found = [future.get(timeout=30) for future in futures]
     producer.close()
     result = {
+        "cpu_s": cpu_s,
         "late_start_ns": late_start_ns,
         "sent_ns": sent_ns,
         "partition": [record.partition for record in found],
@@ -126,6 +129,7 @@ def watch(task: Task) -> None:
     commands: dict[str, bytes] = {}
     upcoming, polls = 0, 0
     until_ns = schedule.due_ns[-1] + int(DRAIN_S * 1e9)
+    cpu_before_s = time.process_time()
     while upcoming < num or pending:
         now_ns = time.monotonic_ns()
         if now_ns > until_ns:
@@ -156,7 +160,13 @@ def watch(task: Task) -> None:
             if not waiting:
                 del pending[user]
         time.sleep(POLL_S)
-    result = {"seen_ns": seen_ns, "offset": offset, "written_ms": written_ms, "polls": polls}
+    result = {
+        "cpu_s": time.process_time() - cpu_before_s,
+        "seen_ns": seen_ns,
+        "offset": offset,
+        "written_ms": written_ms,
+        "polls": polls,
+    }
     Path(task.out, f"{task.name}-watch.json").write_bytes(msgspec.json.encode(result))
 
 
@@ -231,6 +241,10 @@ def summary(
         "sender_lag_p99": round(float(np.percentile(lag_ms, 99)), 2),
         "sender_late_start": sent["late_start_ns"] > 0,
         "polls": seen["polls"],
+        "cpu_us_a_click": {
+            name: round(told["cpu_s"] / len(due_ns) * 1e6, 1)
+            for name, told in (("sender", sent), ("watcher", seen))
+        },
         "histogram": histogram(ms),
     }
 

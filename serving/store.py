@@ -6,6 +6,7 @@ The client is the synchronous one, used from worker threads: one MGET and one sc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -62,6 +63,25 @@ class SignalsWrite(NamedTuple):
     packed: bytes
 
 
+class Commit(NamedTuple):
+    """A folded chunk, written if the stored head is the one expected."""
+
+    partition: int
+    expected: bytes
+    head: Head
+    entry: InputsEntry | None
+    users: Sequence[UserWrite]
+    popularity: Sequence[PopularityWrite]
+    signals: SignalsWrite | None = None
+
+
+class Reading(NamedTuple):
+    """What is read of one partition at one moment: the head, and some users' records."""
+
+    partition: int
+    user_ids: Sequence[str]
+
+
 class Read(NamedTuple):
     """Head and records as they stood at one moment."""
 
@@ -112,10 +132,25 @@ class Store:
 
     def read(self, partition: int, user_ids: Sequence[str]) -> Read:
         """Head and users' records in one MGET; one by one they would be of different moments."""
-        names = [self.keys.head(partition)]
-        names += [self.keys.user(partition, user) for user in user_ids]
-        found = self._call(lambda: self._redis.mget(names))
-        return Read(found[0] or b"", found[1:])
+        return self.read_all([Reading(partition, user_ids)])[0]
+
+    def read_all(self, asked: Sequence[Reading]) -> list[Read]:
+        """The same of several partitions, each of one moment."""
+        if self.keys.layout == "cluster" and len(asked) > 1:
+            return [self.read(*one) for one in asked]
+        names = [
+            name
+            for partition, user_ids in asked
+            for name in (
+                self.keys.head(partition),
+                *(self.keys.user(partition, user) for user in user_ids),
+            )
+        ]
+        found = iter(self._call(lambda: self._redis.mget(names)))
+        return [
+            Read(next(found) or b"", list(itertools.islice(found, len(one.user_ids))))
+            for one in asked
+        ]
 
     def read_popularity(
         self, partition: int, buckets: Sequence[int]
@@ -153,32 +188,67 @@ class Store:
         Returns:
             None when it was written; else the head that stands there, empty for none.
         """
-        new = msgspec.json.encode(head)
+        commit = Commit(partition, expected, head, entry, users, popularity, signals)
+        return self.commit_all([commit])[0]
+
+    def commit_all(self, commits: Sequence[Commit]) -> list[bytes | None]:
+        """The same of several partitions: a script each, sent together where one server has all.
+
+        Raises:
+            AfterclickError: one was refused or not answered; the others may have gone through.
+        """
         written_ms = self._clock_ms()
-        names = [self.keys.head(partition), self.keys.inputs(partition), self.keys.due(partition)]
-        names.append(self.keys.signals(partition))
+        calls = [self._commit_call(commit, written_ms) for commit in commits]
+        if len(calls) == 1 or self.keys.layout == "cluster":
+            answers = [self._call(partial(self._commit, *call)) for call in calls]
+        else:
+            answers = self._call(lambda: self._pipelined(calls))
+        return [None if answer == b"OK" else answer for answer in answers]
+
+    def _commit_call(
+        self, commit: Commit, written_ms: int
+    ) -> tuple[list[str], list[bytes | int | str]]:
+        """Keys and arguments of the script."""
+        keys, partition = self.keys, commit.partition
+        names = [
+            keys.head(partition), keys.inputs(partition), keys.due(partition),
+            keys.signals(partition),
+        ]  # fmt: skip
         args: list[bytes | int | str] = [
-            expected,
-            new,
-            msgspec.json.encode(entry) if entry else b"",
+            commit.expected,
+            msgspec.json.encode(commit.head),
+            msgspec.json.encode(commit.entry) if commit.entry else b"",
             self.record_ttl_s,
-            len(users),
+            len(commit.users),
             self.popularity_ttl_s,
-            *(signals or (0, b"")),
+            *(commit.signals or (0, b"")),
         ]
-        for user in users:
-            names.append(self.keys.user(partition, user.user_id))
-            names.append(self.keys.top(partition, user.user_id))
-            args.append(user.record)
-            args.append(stamp_list(user.list_body, written_ms) if user.list_body else b"")
-            args.append(b"%d %d %d" % user.due if user.due else b"")
-        for hour in popularity:
-            names.append(self.keys.popularity(partition, hour.bucket))
+        for user_id, record, list_body, due in commit.users:
+            names.append(keys.user(partition, user_id))
+            names.append(keys.top(partition, user_id))
+            args.append(record)
+            args.append(stamp_list(list_body, written_ms) if list_body else b"")
+            args.append(b"%d %d %d" % due if due else b"")
+        for hour in commit.popularity:
+            names.append(keys.popularity(partition, hour.bucket))
             args.append(len(hour.counts))
             for item, count in hour.counts.items():
                 args += [item, count]
-        answer: bytes = self._call(lambda: self._commit(keys=names, args=args))
-        return None if answer == b"OK" else answer
+        return names, args
+
+    def _pipelined(self, calls: Sequence[tuple[list[str], list[bytes | int | str]]]) -> list[Any]:
+        pipe = self._redis.pipeline(transaction=False)
+        for names, args in calls:
+            # Not `Script` itself, which asks before each pipeline whether the server knows it.
+            pipe.execute_command("EVALSHA", self._commit.sha, len(names), *names, *args)
+        answers: list[Any] = pipe.execute(raise_on_error=False)
+        for at, answer in enumerate(answers):
+            if isinstance(answer, redis.exceptions.NoScriptError):
+                names, args = calls[at]
+                answers[at] = self._commit(names, args)  # loads it
+            elif isinstance(answer, Exception):
+                raise answer
+        return answers
 
     def waiting_signals(self, partition: int, limit: int) -> list[SignalsWrite]:
         """The oldest moves that are not known to be in topic `signals` yet, in log order."""

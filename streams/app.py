@@ -17,8 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -27,6 +26,7 @@ import faust
 import mode
 from faust.types import TP
 
+from afterclick.serving.catalog import Catalog
 from afterclick.serving.engine import choose_provider
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.keys import partition_of
@@ -39,7 +39,7 @@ from afterclick.streams.assignment import HeldPartition, Shared, State
 from afterclick.streams.chunks import ChunkConsumer, ChunkSchema, ChunkTransport
 from afterclick.streams.deadletters import DeadLetters
 from afterclick.streams.events import FoldEvent
-from afterclick.streams.fold import Folded, fold
+from afterclick.streams.fold import Folded, Part, Release, fold
 from afterclick.streams.health import HealthServer
 from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
@@ -51,6 +51,7 @@ from afterclick.streams.popularity import Popularity
 from afterclick.streams.record import DeadLetter, LogEdges, record_crc
 from afterclick.streams.renewal import Basis, Renewal
 from afterclick.streams.repeats import keep_back_repeats
+from afterclick.streams.rounds import Rounds
 from afterclick.streams.runtime import Runtime, UnavailableChange
 from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
@@ -116,12 +117,12 @@ class Worker:
         self.prepared = asyncio.Event()
         self.app = build_app(self)
         num_threads = streams.fold_threads or (os.cpu_count() or 1) + 1
+        # One more for idle checks and openings, which must not wait behind long folds.
+        threads = ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold")
         self._shared = Shared(
             prepared=self.prepared,
-            gate=self.runtime.gate,
-            # One more for idle checks and openings, which must not wait behind long folds.
-            threads=ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold"),
-            slots=asyncio.Semaphore(num_threads),
+            rounds=Rounds(store, self._timed_fold, self.runtime.gate, threads, num_threads),
+            threads=threads,
             metrics=self.metrics,
             moves=self,
             log=self,
@@ -360,7 +361,6 @@ class Worker:
             dead_letters=send,
             log_start=lambda: self._log.start(topic, partition),
             batch_ids=self._batches_of(),
-            folding=self._timed_fold,
             accept_loss=streams.accept_loss,
         )
 
@@ -377,24 +377,29 @@ class Worker:
         )
 
     def _timed_fold(
-        self, events: list[FoldEvent], *args: Any, partition: int, **rest: Any
-    ) -> Folded:
-        num, users = self.store.keys.partitions, Counter(event.user_id for event in events)
-        astray = {user: n for user, n in users.items() if partition_of(user, num) != partition}
-        if astray:
-            self.metrics.misplaced.inc(sum(astray.values()))
-        if astray and partition not in self._astray:
+        self, parts: Sequence[Part], *, release: Release | None, catalog: Catalog
+    ) -> list[Folded]:
+        for part in parts:
+            self._look_for_strays(part.partition, part.events)
+        with self.metrics.engine_seconds.time():
+            return fold(parts, release=release, catalog=catalog)
+
+    def _look_for_strays(self, partition: int, events: Sequence[FoldEvent]) -> None:
+        users, num = [event.user_id for event in events], self.store.keys.partitions
+        astray = [user for user in users if partition_of(user, num) != partition]
+        if not astray:
+            return
+        self.metrics.misplaced.inc(len(astray))
+        if partition not in self._astray:
             self._astray.add(partition)  # once: a wrong partitioner is in every chunk
             log.warning(
                 "partition %d: clicks of %d users, %r among them, belong to other partitions: a "
                 "producer has another partitioner than Kafka's default, or an old partition count; "
                 "readers and other clicks of these users do not meet them here",
                 partition,
-                len(astray),
-                next(iter(astray)),
+                len(set(astray)),
+                astray[0],
             )
-        with self.metrics.engine_seconds.time():
-            return fold(events, *args, partition=partition, **rest)
 
     def _batches_of(self) -> Any:
         name = uuid.uuid4().hex[:12]

@@ -10,18 +10,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from afterclick.serving.errors import ContractError, UnavailableError
-from afterclick.streams.gate import Gate
+from afterclick.streams.lockstep import Steps
 from afterclick.streams.metrics import Metrics
-from afterclick.streams.partition import Applied, PartitionFold, Renewed
+from afterclick.streams.partition import Applied, Moved, PartitionFold, Renewed
 from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.renewal import BATCH_USERS, Basis, Renewal
+from afterclick.streams.rounds import Rounds
 
 IDLE_CHECK_S = 1.0
 """How often an idle partition looks whether its head is still the stored one."""
@@ -74,9 +75,8 @@ class Shared(NamedTuple):
 
     prepared: asyncio.Event
     """Set once the release is loaded and all items are read."""
-    gate: Gate
+    rounds: Rounds
     threads: ThreadPoolExecutor
-    slots: asyncio.Semaphore
     metrics: Metrics
     moves: Moves
     log: Log
@@ -154,6 +154,8 @@ class HeldPartition:
         self._fold = fold
         self._shared = shared
         self._inbox = Inbox()
+        self._taken: Chunk | None = None
+        self._taken_s = 0.0
         self._paused = False
         self._renewal = shared.renewal()
         # The loop's clock, so that a simulated loop decides when lists are renewed.
@@ -223,20 +225,25 @@ class HeldPartition:
         self.state, self.why = State.READY, ""
         log.info("partition %d: goes on at offset %d", self.partition, position)
 
+    @property
+    def num_waiting(self) -> int:
+        """Records that would be in the next chunk, at the least."""
+        return min(self._inbox.num_records, self._shared.records_max)
+
+    def take(self) -> Callable[[], Steps[Moved]] | None:
+        """What waits by now, as one chunk about to be folded: while others compute, it grows."""
+        chunk = self._taken = self._inbox.take(self._shared.records_max)
+        if chunk is None:
+            return None
+        self._taken_s = self.busy_since_s = time.monotonic()
+        return partial(self._fold.processing, chunk, put_off=self._is_late(chunk))
+
     async def _fold_what_waits(self) -> None:
-        chunk = None
         try:
-            # A slot first, then what waits by then: while others compute, this chunk grows.
-            async with self._shared.slots, self._shared.gate.shared():
-                chunk = self._inbox.take(self._shared.records_max)
-                if chunk is None:
-                    return
-                work = partial(self._fold.process, chunk, put_off=self._is_late(chunk))
-                with self._shared.metrics.chunk_seconds.time():
-                    moved = await self._attempt(work)
+            moved = await self._attempt(self._shared.rounds.fold(self))
         except UnavailableError:
-            assert chunk is not None
-            self._inbox.put_back(chunk)
+            assert self._taken is not None
+            self._inbox.put_back(self._taken)
             # Outside slot and gate: partitions on other masters and a swap go on meanwhile.
             await self._pause()
             return
@@ -244,6 +251,7 @@ class HeldPartition:
         self._resume()
         if moved is None:
             return
+        self._shared.metrics.chunk_seconds.observe(time.monotonic() - self._taken_s)
         for applied in moved.applied:
             self._observe(applied)
         if moved.applied:
@@ -292,7 +300,7 @@ class HeldPartition:
         """One batch, and how long to rest after it; None while Redis does not let it through."""
         fold, users, rest = self._fold, list[str](), 0.0
         try:
-            async with self._shared.slots, self._shared.gate.shared():
+            async with self._shared.rounds.turn():
                 if self._inbox.num_records:
                     return Renewed(), 0.0  # clicks came while this waited: they go first
                 if fold.has_due:
@@ -301,7 +309,7 @@ class HeldPartition:
                     now_s = self._clock_s()
                     users = self._renewal.batch(self._shared.basis(), fold.recent_users, now_s)
                     work, rest = partial(fold.renew, users), RENEWAL_REST
-                renewed = await self._attempt(work) or Renewed()
+                renewed = await self._attempt(self._in_thread(work)) or Renewed()
         except UnavailableError:
             self._renewal.put_back(users)
             return None, 0.0
@@ -338,25 +346,29 @@ class HeldPartition:
         """`_attempt` until Kafka and Redis let it through."""
         while True:
             try:
-                return await self._attempt(work)
+                return await self._attempt(self._in_thread(work))
             except UnavailableError:
                 await self._pause()
 
-    async def _attempt(self, work: Callable[[], Any]) -> Any:
-        """Run blocking work in a thread; None when the partition is refused.
-
-        Raises:
-            UnavailableError: Kafka or Redis does not let it through now; it is said why.
-        """
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
         loop = asyncio.get_running_loop()
         self.busy_since_s = time.monotonic()
         running = loop.run_in_executor(self._shared.threads, work)
         try:
             # A cancelled task must not leave a thread writing behind its back.
-            found = await asyncio.shield(running)
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
             await asyncio.gather(running, return_exceptions=True)
             raise
+
+    async def _attempt(self, doing: Awaitable[Any]) -> Any:
+        """What comes of work that is done elsewhere; None when the partition is refused.
+
+        Raises:
+            UnavailableError: Kafka or Redis does not let it through now; it is said why.
+        """
+        try:
+            found = await doing
         except UnavailableError as error:
             if self.state == State.READY:
                 log.warning("partition %d: %s; trying again", self.partition, error)

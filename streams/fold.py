@@ -1,4 +1,4 @@
-"""One chunk of one partition → new records and lists; no I/O, no clock, no Faust.
+"""Chunks of partitions → new records and lists; no I/O, no clock, no Faust.
 
 The result is a pure function of the events, the records before, the partition's popularity and the
 inputs
@@ -12,7 +12,7 @@ their own, grouped by length: one user with 50 steps among 255 with one made the
 slower.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -178,54 +178,59 @@ class _Draft:
         )
 
 
-def fold(
-    events: Sequence[FoldEvent],
-    records: Mapping[str, UserRecord | None],
-    *,
-    partition: int,
-    inputs: Inputs,
-    popularity: Popularity,
-    release: Release | None,
-    catalog: Catalog,
-    put_off: bool = False,
-) -> Folded:
-    """Fold events in log order.
+class _Way:
+    """One partition's way through a fold: its users' drafts, and what else happened."""
+
+    def __init__(self, part: int, inputs: Inputs, *, put_off: bool) -> None:
+        self.partition, self.inputs, self.put_off = part, inputs, put_off
+        self.drafts: dict[str, _Draft] = {}
+        self.moves: list[tuple[int, Move]] = []
+        self.added: dict[int, dict[str, int]] = {}
+        self.counts = dict.fromkeys(Counts._fields, 0)
+
+    def moved(self) -> list[_Draft]:
+        """Whoever did more than repeat himself."""
+        return [
+            draft for draft in self.drafts.values() if draft.changed or draft.listed_at is not None
+        ]
+
+
+class Part(NamedTuple):
+    """One partition's share of a fold."""
+
+    partition: int
+    events: Sequence[FoldEvent]
+    """Valid clicks, in log order."""
+    records: Mapping[str, UserRecord | None]
+    """The record of every user in `events`, None for a user without one."""
+    inputs: Inputs
+    """In force for all of these events."""
+    popularity: Popularity
+    """As of the first event; it is moved past the last one."""
+    put_off: bool = False
+    """Scan nothing now; name the lists that are due instead. Lists without a release cost no scan
+    and can only be made at their event.
+    """
+
+
+def fold(parts: Sequence[Part], *, release: Release | None, catalog: Catalog) -> list[Folded]:
+    """Fold events in log order; several partitions share steps and scan, and nothing else.
 
     Args:
-        events: valid clicks of one partition.
-        records: the record of every user in `events`, None for a user without one.
-        partition: whose log this is.
-        inputs: in force for all of these events.
-        popularity: as of the first event; it is moved past the last one.
-        release: the loaded release of `inputs.publication`; None only for publication 0.
-        catalog: items as of `inputs.items`; the release's own where there is one.
-        put_off: scan nothing now; name the lists that are due instead. Lists without a release cost
-            no scan and can only be made at their event.
+        parts: at most one of a partition, all under the same publication and rules.
+        release: the loaded release of that publication; None only for publication 0.
+        catalog: items as of the parts' `inputs.items`; the release's own where there is one.
     """
-    assert (release is None) == (inputs.publication == 0)
-    drafts: dict[str, _Draft] = {}
-    moves: list[tuple[int, Move]] = []
-    counts = dict.fromkeys(Counts._fields, 0)
-    for at, event in enumerate(events):
-        draft = drafts.get(event.user_id)
-        if draft is None:
-            draft = drafts[event.user_id] = _Draft(records[event.user_id] or UserRecord())
-        counts["clocks_replaced"] += event.clock_replaced
-        outcome = _apply(draft, event, inputs, catalog, moves)
-        counts[outcome] += 1
-        if outcome in ("clicks", "visits"):
-            draft.listed_at = at
-        elif outcome == "forgotten":
-            draft.listed_at = None
-    counts["resets"] = sum(draft.resets for draft in drafts.values())
-    counts["unknown_items"] = sum(draft.unknown for draft in drafts.values())
-    added = _count(events, drafts, inputs, popularity, catalog, rank=release is None)
+    first = parts[0].inputs
+    assert (release is None) == (first.publication == 0)
+    assert all(
+        part.inputs._replace(publication_items=first.publication_items) == first for part in parts
+    ), "nobody swaps in between"
+    ways = [_way(part, catalog, rank=release is None) for part in parts]
     if release is not None:
-        moved = [draft for draft in drafts.values() if draft.changed or draft.listed_at is not None]
-        counts["rebuilt"] = _rebuild(moved, inputs, release)
-        counts["steps"] = _advance(moved, release)
-    folded = _finish(drafts, partition, inputs, release, added, Counts(**counts), put_off=put_off)
-    return folded._replace(moves=moves)
+        _rebuild(ways, release)
+        _advance([draft for way in ways for draft in way.moved()], release)
+    return _finish(ways, release)
 
 
 def renew(
@@ -248,12 +253,12 @@ def renew(
     Returns:
         lists of all, records of those with a past.
     """
-    drafts: dict[str, _Draft] = {}
+    way = _Way(partition, inputs, put_off=False)
     for user_id, (record, offset, event_ms) in users.items():
-        draft = drafts[user_id] = _Draft(record or UserRecord())
+        draft = way.drafts[user_id] = _Draft(record or UserRecord())
         draft.listed_at, draft.offset, draft.event_ms = 0, offset, event_ms
-    rebuilt = _rebuild(list(drafts.values()), inputs, release)
-    return _finish(drafts, partition, inputs, release, {}, Counts(rebuilt=rebuilt), put_off=False)
+    _rebuild([way], release)
+    return _finish([way], release)[0]
 
 
 def rank_states(
@@ -318,6 +323,29 @@ def rank_states(
                 found = rank_all(scores_N, release.catalog.ids_N, want=want, drop=drop)
             ranked.append(found)
     return ranked
+
+
+def _way(part: Part, catalog: Catalog, *, rank: bool) -> _Way:
+    """Everything of a partition's events that needs no graph."""
+    way = _Way(part.partition, part.inputs, put_off=part.put_off)
+    drafts, counts = way.drafts, way.counts
+    for at, event in enumerate(part.events):
+        draft = drafts.get(event.user_id)
+        if draft is None:
+            draft = drafts[event.user_id] = _Draft(part.records[event.user_id] or UserRecord())
+        counts["clocks_replaced"] += event.clock_replaced
+        outcome = _apply(draft, event, part.inputs, catalog, way.moves)
+        counts[outcome] += 1
+        if outcome in ("clicks", "visits"):
+            draft.listed_at = at
+        elif outcome == "forgotten":
+            draft.listed_at = None
+    counts["resets"] = sum(draft.resets for draft in drafts.values())
+    counts["unknown_items"] = sum(draft.unknown for draft in drafts.values())
+    way.added = _count(part.events, drafts, part.inputs, part.popularity, catalog, rank=rank)
+    if not rank:
+        counts["steps"] = sum(len(draft.steps) for draft in way.moved())
+    return way
 
 
 def _apply(
@@ -398,32 +426,31 @@ def _count(
     return added
 
 
-def _rebuild(drafts: list[_Draft], inputs: Inputs, release: Release) -> int:
+def _rebuild(ways: Sequence[_Way], release: Release) -> None:
     """Give records of another publication the state that this release gives their past."""
-    before = list(inputs.publication_items)
     pasts: list[tuple[_Draft, list[Step]]] = []
-    rebuilt = 0
-    for draft in drafts:
-        if draft.publication == inputs.publication:
-            continue  # of this release, or forgotten or reset within this chunk
-        past: list[Step] = []
-        rebuilt += bool(draft.past)
-        for kept in unpack_interactions(draft.past):
-            if kept.reset:
-                past = []
-            row = release.catalog.row_of_hash(kept.item_hash, before)
-            if row is not None:
-                past.append(Step(row, kept.event, kept.gap, kept.hour))
-        draft.publication, draft.num_steps, draft.state = inputs.publication, len(past), b""
-        if past:
-            pasts.append((draft, past))
+    for way in ways:
+        before, publication = list(way.inputs.publication_items), way.inputs.publication
+        for draft in way.moved():
+            if draft.publication == publication:
+                continue  # of this release, or forgotten or reset within this chunk
+            past: list[Step] = []
+            way.counts["rebuilt"] += bool(draft.past)
+            for kept in unpack_interactions(draft.past):
+                if kept.reset:
+                    past = []
+                row = release.catalog.row_of_hash(kept.item_hash, before)
+                if row is not None:
+                    past.append(Step(row, kept.event, kept.gap, kept.hour))
+            draft.publication, draft.num_steps, draft.state = publication, len(past), b""
+            if past:
+                pasts.append((draft, past))
     states = _run_steps([past for _, past in pasts], [b""] * len(pasts), release)
     for (draft, _), state in zip(pasts, states, strict=True):
         draft.state = state
-    return rebuilt
 
 
-def _advance(drafts: list[_Draft], release: Release) -> int:
+def _advance(drafts: list[_Draft], release: Release) -> None:
     moving = [draft for draft in drafts if draft.steps]
     states = _run_steps(
         [draft.steps for draft in moving], [draft.state for draft in moving], release
@@ -431,7 +458,6 @@ def _advance(drafts: list[_Draft], release: Release) -> int:
     for draft, state in zip(moving, states, strict=True):
         draft.state = state
         draft.num_steps += len(draft.steps)
-    return sum(len(draft.steps) for draft in moving)
 
 
 def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -> list[bytes]:
@@ -460,45 +486,55 @@ def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -
     return after
 
 
-def _finish(
-    drafts: dict[str, _Draft],
-    partition: int,
-    inputs: Inputs,
-    release: Release | None,
-    added: dict[int, dict[str, int]],
-    counts: Counts,
-    *,
-    put_off: bool,
-) -> Folded:
-    records: dict[str, UserRecord | None] = {}
-    lists: dict[str, bytes] = {}
-    listed: dict[str, _Draft] = {}
-    for user_id, draft in drafts.items():
-        if not draft.changed and draft.listed_at is None:
-            continue
-        if draft.forgotten and not draft.interactions:
-            records[user_id] = None
-        elif draft.interactions:
-            draft.publication = inputs.publication
-            records[user_id] = draft.record()
-        else:
-            records[user_id] = None  # a visitor without a past
-        if draft.listed_at is not None:
-            listed[user_id] = draft
-        else:
-            lists[user_id] = b""
-    if put_off and release is not None:
-        due = {user_id: (draft.offset, draft.event_ms) for user_id, draft in listed.items()}
-        return Folded(records, lists, added, counts, due, [])
+def _finish(ways: Sequence[_Way], release: Release | None) -> list[Folded]:
+    """Records of everybody who moved, and the lists, scanned for all at once."""
+    listed = [
+        {}
+        if way.put_off and release is not None
+        else {user: draft for user, draft in way.drafts.items() if draft.listed_at is not None}
+        for way in ways
+    ]
+    wanting = [draft for users in listed for draft in users.values()]
     if release is None:
-        rankings = [
+        ranked = [
             ranked_of([item for item, _ in draft.popular], [float(s) for _, s in draft.popular])
-            for draft in listed.values()
+            for draft in wanting
         ]
     else:
-        rankings = _rank(list(listed.values()), inputs, release)
-    source: Literal["model", "popularity"] = "popularity" if release is None else "model"
-    write = list_writer(
+        ranked = _rank(wanting, ways[0].inputs.rules, release)
+    rankings = iter(ranked)
+    return [
+        _folded(way, {user: next(rankings) for user in users}, release)
+        for way, users in zip(ways, listed, strict=True)
+    ]
+
+
+def _folded(way: _Way, rankings: dict[str, Ranked], release: Release | None) -> Folded:
+    records: dict[str, UserRecord | None] = {}
+    lists: dict[str, bytes] = {}
+    due: dict[str, tuple[int, int]] = {}
+    write = _list_writer(way, "popularity" if release is None else "model")
+    for user_id, draft in way.drafts.items():
+        if not draft.changed and draft.listed_at is None:
+            continue
+        records[user_id] = None  # forgotten, or a visitor without a past
+        if draft.interactions:
+            draft.publication = way.inputs.publication
+            records[user_id] = draft.record()
+        if draft.listed_at is None:
+            lists[user_id] = b""
+        elif user_id in rankings:
+            lists[user_id] = write(rankings[user_id].text, draft.offset, draft.event_ms)
+        else:
+            due[user_id] = draft.offset, draft.event_ms
+    return Folded(records, lists, way.added, Counts(**way.counts), due, way.moves)
+
+
+def _list_writer(
+    way: _Way, source: Literal["model", "popularity"]
+) -> Callable[[bytes, int, int], bytes]:
+    inputs = way.inputs
+    return list_writer(
         TopList(
             items=[],
             scores=[],
@@ -506,31 +542,26 @@ def _finish(
             release=inputs.release,
             publication=inputs.publication,
             items_offset=list(inputs.items),
-            partition=partition,
+            partition=way.partition,
             offset=0,
             event_ms=0,
             signals=inputs.signals,
         )
     )
-    for (user_id, draft), ranked in zip(listed.items(), rankings, strict=True):
-        lists[user_id] = write(ranked.text, draft.offset, draft.event_ms)
-    return Folded(records, lists, added, counts, {}, [])
 
 
-def _rank(drafts: list[_Draft], inputs: Inputs, release: Release) -> list[Ranked]:
+def _rank(drafts: list[_Draft], rules: ListRules, release: Release) -> list[Ranked]:
     if not drafts:
         return []
     states_BS = release.engine.unpacked([draft.state for draft in drafts])
-    seen = None
-    if inputs.rules.filter_seen:
-        seen = [_hashes(draft) for draft in drafts]
+    seen = [_hashes(draft) for draft in drafts] if rules.filter_seen else None
     contexts = [
         Context(draft.interactions, draft.clicks, draft.last_ms, draft.event_ms) for draft in drafts
     ]
-    want = inputs.rules.k + inputs.rules.margin
     return rank_states(
-        states_BS, release, want=want, seen=seen, contexts=contexts, head=inputs.rules.head
-    )
+        states_BS, release, want=rules.k + rules.margin, seen=seen, contexts=contexts,
+        head=rules.head,
+    )  # fmt: skip
 
 
 def _hashes(draft: _Draft) -> frozenset[int]:

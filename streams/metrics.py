@@ -114,10 +114,14 @@ class Metrics:
             "chunk_seconds", "From taking up a chunk until it was written.", WORK_BUCKETS_S
         )
         self.redis_seconds = histogram(
-            "redis_seconds", "One MGET or one script, answer included.", WORK_BUCKETS_S
+            "redis_seconds",
+            "One MGET or the scripts of one round, answer included.",
+            WORK_BUCKETS_S,
         )
         self.engine_seconds = histogram(
-            "engine_seconds", "Model steps, scan and ranking of one write.", WORK_BUCKETS_S
+            "engine_seconds",
+            "Model steps, scan and ranking of one round of chunks.",
+            WORK_BUCKETS_S,
         )
 
     def forget_partition(self, partition: int) -> None:

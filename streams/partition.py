@@ -1,7 +1,9 @@
 """One partition's way from log to Redis: what is applied, skipped, refused or read again.
 
 Knows neither Faust, threads nor a clock: the app feeds it chunks and moves the consumer as told;
-the simulation drives it the same way. It holds the exactly-once rules of docs/architecture.md:
+the simulation drives it the same way. What a chunk needs of Redis and the model is asked of whoever
+runs its steps, for several partitions at once (lockstep.py). It holds the exactly-once rules of
+docs/architecture.md:
 
 - the stored head says where the log goes on; Kafka's committed offset is only a hint;
 - a chunk below the head is skipped, one that overlaps is cut, one beyond it is a hole: seek back;
@@ -27,9 +29,18 @@ from afterclick.serving.records import (
     rules_digest,
 )
 from afterclick.serving.settings import ListRules
-from afterclick.serving.store import PopularityWrite, Read, SignalsWrite, Standing, UserWrite
+from afterclick.serving.store import (
+    Commit,
+    PopularityWrite,
+    Read,
+    Reading,
+    SignalsWrite,
+    Standing,
+    UserWrite,
+)
 from afterclick.streams.events import FoldEvent
-from afterclick.streams.fold import Counts, Folded, Inputs, Release, fold, renew
+from afterclick.streams.fold import Counts, Folded, Inputs, Part, Release, fold, renew
+from afterclick.streams.lockstep import Folding, Steps, in_step
 from afterclick.streams.piece import Limits, Piece, answers, take, user_writes, within_rebuilds
 from afterclick.streams.popularity import Popularity
 from afterclick.streams.record import Chunk, DeadLetter, LogEdges, Record, record_crc
@@ -65,6 +76,8 @@ class PartitionStore(Protocol):
         popularity: Sequence[PopularityWrite],
         signals: SignalsWrite | None = None,
     ) -> bytes | None: ...
+    def read_all(self, asked: Sequence[Reading]) -> list[Read]: ...  # noqa: D102
+    def commit_all(self, commits: Sequence[Commit]) -> list[bytes | None]: ...  # noqa: D102
     def due_users(self, partition: int, limit: int) -> list[str]: ...  # noqa: D102
     def read_standing(  # noqa: D102
         self, partition: int, user_ids: Sequence[str]
@@ -126,7 +139,6 @@ class PartitionFold:
         log_start: Callable[[], int],
         batch_ids: Iterator[str],
         accept_loss: bool = False,
-        folding: Callable[..., Folded] = fold,
     ) -> None:
         self.partition = partition
         self.lost_records = 0
@@ -140,7 +152,6 @@ class PartitionFold:
         self._log_start = log_start
         self._batch_ids = batch_ids
         self._accept_loss = accept_loss
-        self._folding = folding
         self._stored = b""
         self._head = Head()
         self._opened = False
@@ -235,6 +246,13 @@ class PartitionFold:
         return self._head.next
 
     def process(self, chunk: Chunk, *, put_off: bool = False) -> Moved:
+        """`processing` from begin to end, alone."""
+        (moved,) = in_step([self.processing(chunk, put_off=put_off)], self._store, fold)
+        if isinstance(moved, Exception):
+            raise moved
+        return moved
+
+    def processing(self, chunk: Chunk, *, put_off: bool = False) -> Steps[Moved]:
         """Fold what of a chunk is new, in writes within the limits.
 
         Args:
@@ -255,7 +273,8 @@ class PartitionFold:
             if self._is_ahead_of(serving):
                 self._torn = False
                 return Moved(applied, waiting_for=self._head.publication)
-            written = self._write(take(records, self._limits), serving, put_off=put_off)
+            piece = take(records, self._limits)
+            written = yield from self._write(piece, serving, put_off=put_off)
             if written is None:
                 self._reload()
                 return Moved(applied, seek=self._head.next, mismatch=True)
@@ -389,10 +408,10 @@ class PartitionFold:
         serving: Serving,
         *,
         put_off: bool,
-    ) -> Applied | None:
+    ) -> Steps[Applied | None]:
         """Fold and write; None when another writer was seen."""
         user_ids = dict.fromkeys(e.user_id for _, e in piece if isinstance(e, FoldEvent))
-        records = self._records_of(list(user_ids))
+        records = yield from self._records_of(list(user_ids))
         if records is None:
             return None
         inputs, entry = self._inputs(serving)
@@ -402,16 +421,8 @@ class PartitionFold:
         if letters:
             # Their acknowledgement comes before the offset moves, so none is ever lost.
             self._dead_letters(letters)
-        folded = self._folding(
-            events,
-            records,
-            partition=self.partition,
-            inputs=inputs,
-            popularity=self._popularity,
-            release=serving.release,
-            catalog=serving.catalog,
-            put_off=put_off,
-        )
+        part = Part(self.partition, events, records, inputs, self._popularity, put_off)
+        folded: Folded = yield Folding(part, serving.release, serving.catalog)
         last = piece[-1][0]
         head = msgspec.structs.replace(
             self._head_under(inputs),
@@ -428,10 +439,8 @@ class PartitionFold:
         if folded.moves:
             packed = encode_parcel(self._head.next, head.next, folded.moves)
             signals = SignalsWrite(last.offset, packed)
-        written = self._store.commit(
-            self.partition, self._stored, head, entry, users, hours, signals
-        )
-        if written is not None:
+        stands = yield Commit(self.partition, self._stored, head, entry, users, hours, signals)
+        if stands is not None:
             return None
         self.has_signals = self.has_signals or signals is not None
         self._head, self._stored = head, msgspec.json.encode(head)
@@ -468,11 +477,11 @@ class PartitionFold:
         self._head, self._stored = head, msgspec.json.encode(head)
         return True
 
-    def _records_of(self, user_ids: list[str]) -> dict[str, UserRecord | None] | None:
+    def _records_of(self, user_ids: list[str]) -> Steps[dict[str, UserRecord | None] | None]:
         """Records as of the head in hand; None when Redis has another head."""
         missing = [user for user in user_ids if user not in self._cache]
         if missing:
-            read = self._store.read(self.partition, missing)
+            read: Read = yield Reading(self.partition, missing)
             if read.head != self._stored:
                 return None
             for user, data in zip(missing, read.records, strict=True):

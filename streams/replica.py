@@ -11,9 +11,11 @@ import msgspec
 
 from afterclick.serving.records import Head, InputsEntry
 from afterclick.serving.store import (
+    Commit,
     Due,
     PopularityWrite,
     Read,
+    Reading,
     SignalsWrite,
     Standing,
     UserWrite,
@@ -45,6 +47,10 @@ class Replica:
         """As `Store.read`."""
         records = [self.records.get((partition, user)) for user in user_ids]
         return Read(self.heads.get(partition, b""), records)
+
+    def read_all(self, asked: Sequence[Reading]) -> list[Read]:
+        """As `Store.read_all`."""
+        return [self.read(*one) for one in asked]
 
     def read_popularity(
         self, partition: int, buckets: Sequence[int]
@@ -87,6 +93,10 @@ class Replica:
         if signals and signals.last >= self._signals_from:
             self.signals.setdefault(partition, []).append(signals)
         return None
+
+    def commit_all(self, commits: Sequence[Commit]) -> list[bytes | None]:
+        """As `Store.commit_all`."""
+        return [self.commit(*one) for one in commits]
 
     def waiting_signals(self, partition: int, limit: int) -> list[SignalsWrite]:
         """As `Store.waiting_signals`."""

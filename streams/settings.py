@@ -96,8 +96,8 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     fold_threads: Annotated[int, Meta(ge=0, le=256)] = 0
-    """Partitions folded at the same time; 0 means one more than there are cores, so that one waits
-    for Redis while the others compute.
+    """Rounds folded at the same time, of what waits in all partitions by then; 0 means one more
+    than there are cores, so that one waits for Redis while the others compute.
     """
 
     latency_budget_ms: Annotated[int, Meta(ge=0)] = 1000

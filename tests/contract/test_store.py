@@ -23,8 +23,11 @@ from afterclick.serving.records import (
 )
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import (
+    Commit,
     Due,
     PopularityWrite,
+    Read,
+    Reading,
     SignalsWrite,
     Standing,
     Store,
@@ -198,6 +201,33 @@ def test_a_list_put_off_stays_as_it_is_until_it_is_made(store: Store | Replica) 
     assert store.due_users(0, 10) == []
     _, (two,) = store.read_standing(0, ["u2"])
     assert (two.record, without_stamp(two.list_data or b"")) == (b"new", LIST)
+
+
+@everywhere
+def test_commits_sent_together_are_fenced_one_by_one(
+    request: pytest.FixtureRequest, store: Store | Replica, layout: Layout | None
+) -> None:
+    """Chunks of several partitions share a way to Redis, not a fate; the server may be a new one
+    that does not know the script yet.
+    """
+    assert store.commit(1, b"", head(7), entry(0), [UserWrite("u1", b"stands", LIST)], []) is None
+    if layout:
+        request.getfixturevalue("client").script_flush()
+    write = [UserWrite("u0", b"new", LIST)]
+    commits = [
+        Commit(partition, b"", head(3), entry(0), write, [PopularityWrite(7, {"i1": 1})])
+        for partition in range(3)
+    ]
+    assert store.commit_all(commits) == [None, encoded(head(7)), None]
+    assert store.commit_all(commits) == [None, encoded(head(7)), None], "sent again"
+    asked = [Reading(0, ["u0"]), Reading(1, ["u0", "u1"]), Reading(2, []), Reading(0, ["u1"])]
+    assert store.read_all(asked) == [
+        Read(encoded(head(3)), [b"new"]),
+        Read(encoded(head(7)), [None, b"stands"]),
+        Read(encoded(head(3)), []),
+        Read(encoded(head(3)), [None]),
+    ]
+    assert store.read_popularity(2, [7]) == (encoded(head(3)), {7: {"i1": 1}})
 
 
 @everywhere

@@ -230,15 +230,27 @@ class Client(redis.Redis):
         return self._parsed(args[0], self._ask([args])[0], options)
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Any:
-        return _Transaction(self)
+        return _Pipeline(self, transaction)
 
-    def run_all(self, stack: list[tuple[Any, Any]]) -> list[Any]:
-        """A transaction's commands as one step."""
-        answers = self._ask([args for args, _ in stack])
+    def run_all(self, stack: list[tuple[Any, Any]], *, transaction: bool) -> list[Any]:
+        """A transaction's commands as one step, others one after the other: what goes wrong on the
+        way leaves some done and some not.
+        """
+        commands = [args for args, _ in stack]
+        if transaction:
+            answers = self._ask(commands)
+        else:
+            answers = [self._answer_or_error(command) for command in commands]
         return [
-            self._parsed(args[0], answer, options)
+            answer if isinstance(answer, Exception) else self._parsed(args[0], answer, options)
             for (args, options), answer in zip(stack, answers, strict=True)
         ]
+
+    def _answer_or_error(self, command: Command) -> Any:
+        try:
+            return self._ask([command])[0]
+        except redis.exceptions.ResponseError as error:
+            return error
 
     def _parsed(self, name: str, answer: Any, options: dict[str, Any]) -> Any:
         options.pop("keys", None)  # for redis-py's own cache
@@ -291,13 +303,13 @@ class Client(redis.Redis):
         return f"{self.process.name}{old}"
 
 
-class _Transaction(Pipeline):
-    def __init__(self, client: Client) -> None:
-        super().__init__(client.connection_pool, client.response_callbacks, True, None)
+class _Pipeline(Pipeline):
+    def __init__(self, client: Client, transaction: bool) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, transaction, None)
         self._client = client
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
-        return self._client.run_all(self.command_stack)
+        return self._client.run_all(self.command_stack, transaction=bool(self.transaction))
 
 
 def _named(commands: list[Command]) -> list[Command]:

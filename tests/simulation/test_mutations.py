@@ -9,7 +9,7 @@ import pytest
 
 from afterclick.serving import store
 from afterclick.serving.records import decode_record
-from afterclick.serving.store import Read, Store
+from afterclick.serving.store import Read, Reading, Store
 from afterclick.streams.assignment import HeldPartition
 from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.events import Click
@@ -43,7 +43,10 @@ def without_line(script: str, line: str) -> Patch:
 
 
 def reads_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Any, partition: int, user_ids: Sequence[str]) -> Read:
+    def read(self: Any, asked: Sequence[Reading]) -> list[Read]:
+        return [read_one(self, *one) for one in asked]
+
+    def read_one(self: Any, partition: int, user_ids: Sequence[str]) -> Read:
         names = [self.keys.head(partition)]
         names += [self.keys.user(partition, user) for user in user_ids]
         found = []
@@ -53,7 +56,7 @@ def reads_apart(monkeypatch: pytest.MonkeyPatch) -> None:
                 self._redis.process.wait(WINDOW_S)
         return Read(found[0] or b"", found[1:])
 
-    monkeypatch.setattr(Store, "read", read)
+    monkeypatch.setattr(Store, "read_all", read)
 
 
 def keeps_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +75,11 @@ def follows_older_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holes_as_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = PartitionFold.process
+    processing = PartitionFold.processing
     monkeypatch.setattr(
         PartitionFold,
-        "process",
-        lambda self, chunk, **more: process(self, chunk._replace(begin=0), **more),
+        "processing",
+        lambda self, chunk, **more: processing(self, chunk._replace(begin=0), **more),
     )
 
 

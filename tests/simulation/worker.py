@@ -20,12 +20,15 @@ from afterclick.serving.store import Store
 from afterclick.streams.app import Worker
 from afterclick.streams.assignment import Shared
 from afterclick.streams.feed import SignalsFeed
+from afterclick.streams.fold import fold
 from afterclick.streams.gate import Gate
+from afterclick.streams.lockstep import Steps
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.outbox import Message, Publisher
 from afterclick.streams.partition import Moved, PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, DeadLetter, Record
+from afterclick.streams.rounds import Rounds
 from tests.simulation.clock import Process, VirtualLoop
 from tests.simulation.kafka_double import TOPIC, Broker, BrokerClient, SimulatedConsumer
 from tests.simulation.plan import PARTITIONS, RULES, START_MS
@@ -130,8 +133,8 @@ class SimulatedFold(PartitionFold):
 
     rng: random.Random
 
-    def process(self, chunk: Chunk, *, put_off: bool = False) -> Moved:
-        return super().process(chunk, put_off=put_off or self.rng.random() < 0.2)
+    def processing(self, chunk: Chunk, *, put_off: bool = False) -> Steps[Moved]:
+        return super().processing(chunk, put_off=put_off or self.rng.random() < 0.2)
 
 
 class SimulatedWorker(Worker):
@@ -177,9 +180,8 @@ class SimulatedWorker(Worker):
         self.prepared = asyncio.Event()
         self._shared = Shared(
             prepared=self.prepared,
-            gate=self.runtime.gate,
+            rounds=Rounds(self.store, fold, self.runtime.gate, None, 2, start=process.start),
             threads=None,
-            slots=asyncio.Semaphore(2),
             metrics=_metrics,
             moves=self,
             log=self,

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from afterclick.streams.assignment import HeldPartition, Shared
+from afterclick.streams.fold import fold
 from afterclick.streams.gate import Gate
+from afterclick.streams.lockstep import Steps
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import Moved, Renewed
 from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.renewal import Basis, Renewal
+from afterclick.streams.rounds import Rounds
 
 BACKLOG_MAX = 4
 NOTHING = Basis(0, ())
@@ -58,8 +61,9 @@ class OvertakenFold:
 
     def check(self) -> None: ...
 
-    def process(self, chunk: Chunk, *, put_off: bool) -> Moved:
+    def processing(self, chunk: Chunk, *, put_off: bool) -> Steps[Moved]:
         self.chunks.append(chunk)
+        yield from ()
         return Moved([], seek=3, mismatch=True)
 
 
@@ -68,9 +72,8 @@ def shared_with(consumer: Consumer) -> Any:
     prepared.set()
     return Shared(
         prepared=prepared,
-        gate=Gate(),
+        rounds=Rounds(None, fold, Gate(), None, 1),  # type: ignore[arg-type]
         threads=None,  # type: ignore[arg-type]
-        slots=asyncio.Semaphore(1),
         metrics=Metrics(),
         moves=consumer,
         log=consumer,

@@ -8,11 +8,14 @@ from typing import Any
 
 from afterclick.serving.errors import ContractError
 from afterclick.streams.assignment import HeldPartition, Shared, State
+from afterclick.streams.fold import fold as folding
 from afterclick.streams.gate import Gate
+from afterclick.streams.lockstep import Steps
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import Moved
 from afterclick.streams.record import Chunk, LogEdges, Record
 from afterclick.streams.renewal import Basis, Renewal
+from afterclick.streams.rounds import Rounds
 
 WAIT_S = 20.0
 
@@ -62,7 +65,8 @@ class Fold:
     def check(self) -> int | None:
         return None
 
-    def process(self, chunk: Chunk, **_: Any) -> Moved:
+    def processing(self, chunk: Chunk, **_: Any) -> Steps[Moved]:
+        yield from ()
         return self._moved(chunk)
 
 
@@ -82,9 +86,8 @@ async def held_by(consumer: Consumer, moved: Callable[[Chunk], Moved]) -> AsyncI
         fold,
         Shared(
             prepared=prepared,
-            gate=Gate(),
+            rounds=Rounds(None, folding, Gate(), threads, 1),  # type: ignore[arg-type]
             threads=threads,
-            slots=asyncio.Semaphore(1),
             metrics=Metrics(),
             moves=consumer,
             log=consumer,
