@@ -121,6 +121,11 @@ def holds(choice: Range | Sequence[Value], value: Value) -> bool:
     return not isinstance(value, str) and choice.low <= value <= choice.high
 
 
+def widened(space: Space, given: Mapping[str, Value]) -> Space:
+    """The space with what is given in it: lists get one value more, ranges another end."""
+    return {name: _with(choice, given[name]) for name, choice in space.items()}
+
+
 def suggest(trial: optuna.Trial, name: str, choice: Range | Sequence[Value]) -> Value:
     """Draw a value for a trial."""
     if not isinstance(choice, Range):
@@ -142,3 +147,13 @@ def with_values(base: TrainingSettings, given: Mapping[str, Value]) -> TrainingS
         return msgspec.convert({**msgspec.structs.asdict(base), **given}, TrainingSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"search space: {dict(given)}: {error}") from error
+
+
+def _with(choice: Range | list[Value], value: Value) -> Range | list[Value]:
+    if holds(choice, value):
+        return choice
+    if not isinstance(choice, Range):
+        return sorted([*choice, value])
+    assert not isinstance(value, str), "a range is of numbers"
+    low, high = min(choice.low, value), max(choice.high, value)
+    return msgspec.structs.replace(choice, low=low, high=high)

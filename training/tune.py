@@ -31,6 +31,7 @@ from afterclick.training.search_space import (
     grid_values,
     holds,
     suggest,
+    widened,
     with_values,
 )
 from afterclick.training.settings import TrainingSettings
@@ -92,7 +93,7 @@ def tune(
         base: settings that the space does not name.
         serving: rules of the fold.
         folder: of the study; one that is there already is gone on with.
-        space: what is searched; None takes `DEFAULT_SPACE`.
+        space: what is searched; None takes `DEFAULT_SPACE`, and what `base` has beside it.
         method: of choosing the next trial; a `grid` ends by itself.
         metric: made as large as possible: of the blend on the newest fifth of what it is fitted
             on, or, without a blend, of the model's best epoch on the validation part.
@@ -109,8 +110,8 @@ def tune(
         ContractError: nothing to learn from, no validation part, or no trial succeeded.
     """
     started_s = time.monotonic()
-    space = DEFAULT_SPACE if space is None else space
-    check_space(space, base)
+    if space is not None:
+        check_space(space, base)
     data = prepare(source, base, serving)
     if data.held is None:
         raise ContractError(
@@ -118,13 +119,16 @@ def tune(
             "more clicks",
             reason="no-validation",
         )
+    begin = settled(data, base)
+    if space is None:
+        space = widened(DEFAULT_SPACE, {name: getattr(begin, name) for name in DEFAULT_SPACE})
+        check_space(space, base)
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(folder, _fingerprint(data, base, space, metric), base.seed, space, method, prune)
     for cut_off in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(cut_off.number, state=TrialState.FAIL)
 
     if method != "grid" and not study.get_trials(deepcopy=False):
-        begin = settled(data, base)
         given = {name: getattr(begin, name) for name in space}
         if all(holds(space[name], value) for name, value in given.items()):
             study.enqueue_trial(given)
