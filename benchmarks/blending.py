@@ -35,7 +35,7 @@ import onnx
 
 from afterclick.serving.blend import Blend, Context
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import F32, Scanner
+from afterclick.serving.engine import F32
 from afterclick.serving.features import FEATURES, TIMED
 from afterclick.serving.index import TwoStageScanner
 from afterclick.serving.manifest import (
@@ -50,6 +50,7 @@ from afterclick.serving.manifest import (
 )
 from afterclick.serving.memory import Memory, memory_of
 from afterclick.serving.records import item_hash
+from afterclick.serving.scanner import Scanner
 from afterclick.streams.events import Item
 from afterclick.streams.synthetic import World
 from afterclick.training.blend_graph import blend_graph
@@ -73,7 +74,7 @@ FORMER = {"Scanner.look": "Scanner.top_and_scores", "Blend.rows": "Blend._rows_o
 STAGES: tuple[tuple[str, str, str], ...] = (
     ("rows", "serving.blend", "Blend.rows"),
     ("pasts", "serving.blend", "past_of"),
-    ("scan", "serving.engine", "Scanner.look"),
+    ("scan", "serving.scanner", "Scanner.look"),
     ("scan", "serving.index", "TwoStageScanner.look"),
     ("neighbours", "serving.neighbours", "neighbour_items"),
     ("candidates", "serving.blend", "_of_model"),

@@ -20,9 +20,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from afterclick.serving.engine import F32, Engine, Scanner
+from afterclick.serving.engine import F32, Engine
 from afterclick.serving.index import SURVIVORS, TwoStageScanner
 from afterclick.serving.manifest import read_manifest
+from afterclick.serving.scanner import Scanner
 from afterclick.streams.fold import SCAN_SCORES_MAX, SCAN_USERS_MAX
 from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from afterclick.serving.engine import F32, Engine, Scanner
+from afterclick.serving.engine import F32, Engine
 from afterclick.serving.manifest import read_manifest
+from afterclick.serving.scanner import Scanner
 from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 

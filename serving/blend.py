@@ -30,13 +30,15 @@ from afterclick.serving.candidates import (
 )
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.context import Context, past_of
-from afterclick.serving.engine import F32, MASKED, Look, Provider, Scanner, session_of
+from afterclick.serving.engine import F32
 from afterclick.serving.errors import ContractError
 from afterclick.serving.features import REACH_FEATURES, TIMED, columns_of, describe
 from afterclick.serving.manifest import BLEND_NAME, BlendSpec, Manifest
 from afterclick.serving.memory import Memory
 from afterclick.serving.ranking import rounded
 from afterclick.serving.rows import Rows, rows_after, rows_of
+from afterclick.serving.scanner import MASKED, Look, Scanner
+from afterclick.serving.sessions import Provider, session_of
 from afterclick.serving.texts import SCORE_MAX, Ranked, ranked_of
 from afterclick.serving.together import Together
 
@@ -317,13 +319,16 @@ def _depth(spec: BlendSpec, want: int, drops: Sequence[frozenset[int]] | None) -
 
 
 def compile_loops() -> None:
-    """Compile what `gather` runs, or read it from where it is kept; a release that is loaded does
-    so, too.
+    """Compile what a scan and `gather` run, or read it from where it is kept; a release that is
+    loaded does so, too.
     """
     memory, zeros = Memory(["a", "b"]), np.zeros(2, np.int64)
     rows = Rows(zeros, zeros, zeros > 0, Published(zeros, zeros, zeros))
-    scanner = Scanner(np.zeros((2, 2), np.float32), provider="cpu", threads=1)
     query_BD = np.zeros((1, 2), np.float32)
+    wider = Scanner(np.zeros((64, 2), np.float32), provider="cpu", threads=1)
+    wider.top(query_BD, 1)
+    wider.scores(query_BD)
+    scanner = Scanner(np.zeros((2, 2), np.float32), provider="cpu", threads=1)
     gather(BlendSpec(features=["next"]), query_BD, [Context()], memory, rows, scanner, 1)
     memory.texts.ranked(query_BD, np.zeros((1, 2), np.int64), zeros)
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afterclick.serving.encoder import Encodable, Encoded, ItemEncoder
-from afterclick.serving.engine import F32, MASKED
+from afterclick.serving.engine import F32
 from afterclick.serving.errors import BAD_JSON, ContractError
 from afterclick.serving.manifest import (
     ITEMS_NAME,
@@ -34,6 +34,7 @@ from afterclick.serving.manifest import (
     Manifest,
 )
 from afterclick.serving.records import item_hash
+from afterclick.serving.scanner import MASKED
 from afterclick.serving.texts import Texts
 
 SPARE_ROWS = 1024
@@ -99,7 +100,8 @@ class Catalog:
         """Of the items that say so, with or without a row."""
         self._unavailable: set[str] = set()
         self._hidden: dict[int, F32] = {}
-        self.matrix_changed = True
+        self.changed_rows: set[int] = set()
+        """Of `scan_vectors_ND`, since somebody last emptied it."""
         self._changes: list[str] = []
         self._forgotten = 0
         for item in rows.items:
@@ -226,7 +228,7 @@ class Catalog:
         self.texts.extend([item.item_id])
         self._seen.append(seen)
         self._row_by_id[item.item_id] = row
-        self.matrix_changed = True
+        self.changed_rows.add(row)
 
     def _kin(self, item: ItemVersion) -> Encoded | None:
         """Mean of the release's items that share a category; None where there are none."""
@@ -252,13 +254,13 @@ class Catalog:
             self._unavailable.discard(item_id)
             if row in self._hidden:
                 self.scan_vectors_ND[row] = self._hidden.pop(row)
-                self.matrix_changed = True
+                self.changed_rows.add(row)
             return
         self._unavailable.add(item_id)
         if row is not None and row not in self._hidden:
             self._hidden[row] = self.scan_vectors_ND[row].copy()
             self._mask(np.array([row]))
-            self.matrix_changed = True
+            self.changed_rows.add(row)
 
     def _mask(self, rows: npt.NDArray[np.int64]) -> None:
         # The last query coordinate is 1, so this row's score is MASKED for everybody.

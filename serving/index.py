@@ -20,13 +20,16 @@ Source: Jégou, Douze & Schmid 2011 (product quantisation); André, Kermarrec & 
 (sums in registers).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from afterclick.serving.best import best_first
-from afterclick.serving.engine import F32, I64, MASKED, Look, Scanner
+from afterclick.serving.dots import scores_of
+from afterclick.serving.engine import F32, I64
 from afterclick.serving.errors import ConfigError
+from afterclick.serving.scanner import MASKED, Scanner
 
 SURVIVORS = 768
 """Rows of a user that are scored exactly; recall and cost by their number: docs/performance.md."""
@@ -48,9 +51,6 @@ LEVELS = (0.0655, 0.3253, 0.6747, 0.9345)
 ADDED_MAX = 1 << 16
 """Rows copied at a time while the index is filled."""
 
-GATHERED_MAX = 1 << 22
-"""Floats gathered at a time for the second stage: 16 MiB, about a cache."""
-
 
 class TwoStageScanner(Scanner):
     """`Scanner` whose `top` and `look` are approximate; `scores` stays exact.
@@ -62,7 +62,7 @@ class TwoStageScanner(Scanner):
     def __init__(
         self, scan_vectors_ND: F32, *, threads: int = 0, survivors: int = SURVIVORS
     ) -> None:
-        super().__init__(scan_vectors_ND, provider="cpu", threads=threads, packed=False)
+        super().__init__(scan_vectors_ND, provider="cpu", threads=threads, bounded=False)
         self._survivors = max(survivors, WANT_MAX)
         self._fetched = self._survivors + self._survivors // SPARE_SHARE
         self._faiss = _faiss()
@@ -80,9 +80,9 @@ class TwoStageScanner(Scanner):
         row_bytes: int = code_bytes + self._row_of_M.itemsize
         return len(self._row_of_M) * row_bytes + len(self._known_N)
 
-    def changed(self, scan_vectors_ND: F32) -> None:
+    def changed(self, scan_vectors_ND: F32, rows: Iterable[int]) -> None:
         """Take a matrix with new or masked rows; new ones are found from the next scan on."""
-        super().changed(scan_vectors_ND)
+        super().changed(scan_vectors_ND, rows)
         self._add_rows()
 
     def top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
@@ -91,29 +91,13 @@ class TwoStageScanner(Scanner):
             return super()._top(q_BD, min(k, self.num_rows))
         return super().top(q_BD, k)
 
-    def look(self, q_BD: F32, k: int) -> Look:
-        """As `Scanner.look`: the best rows as `top` finds them, others scored when they are named.
-
-        Every score is a sum over one row, so this costs as many rows as are named.
-        """
-        if k > WANT_MAX or len(self._row_of_M) <= self._fetched:
-            return super().look(q_BD, k)
-        score_BK, row_BK = self.top(q_BD, k)
-        return Look(score_BK, row_BK, lambda user_R, row_R: self._scores_at(q_BD, user_R, row_R))
-
-    def _scores_at(self, q_BD: F32, user_R: I64, row_R: I64) -> F32:
-        score_R = np.empty(len(row_R), np.float32)
-        some = max(1, GATHERED_MAX // (2 * q_BD.shape[1]))
-        for start in range(0, len(row_R), some):
-            part = slice(start, start + some)
-            rows_RD, q_RD = self._matrix[row_R[part]], q_BD[user_R[part]]
-            np.einsum("rd,rd->r", rows_RD, q_RD, out=score_R[part])
-        return score_R
-
     def _top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
         rough_BR, at_BR = self._index.search(self._padded(q_BD), self._fetched)
         rows_BR = self._row_of_M[at_BR]
-        scores_BR = self._scores_of(q_BD, rows_BR)
+        user_R = np.repeat(np.arange(len(q_BD)), rows_BR.shape[1])
+        scores_BR = scores_of(
+            np.ascontiguousarray(q_BD), self._matrix, user_R, rows_BR.ravel()
+        ).reshape(rows_BR.shape)
         valid_BR = (at_BR >= 0) & (scores_BR > MASKED / 2)
         place_BR = np.cumsum(valid_BR, axis=1)
         enough_B = place_BR[:, -1] > self._survivors
@@ -125,14 +109,6 @@ class TwoStageScanner(Scanner):
         if not enough_B.all():
             scores_BK[~enough_B], rows_BK[~enough_B] = super()._top(q_BD[~enough_B], k)
         return scores_BK, rows_BK
-
-    def _scores_of(self, q_BD: F32, rows_BR: I64) -> F32:
-        scores_BR = np.empty(rows_BR.shape, np.float32)
-        some = max(1, GATHERED_MAX // (rows_BR.shape[1] * q_BD.shape[1]))
-        for start in range(0, len(q_BD), some):
-            part = slice(start, start + some)
-            np.einsum("brd,bd->br", self._matrix[rows_BR[part]], q_BD[part], out=scores_BR[part])
-        return scores_BR
 
     def _add_rows(self) -> None:
         """Index rows that are not in it and not masked, spare ones are."""

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from afterclick.serving.engine import F32, I64, MASKED
+from afterclick.serving.engine import F32, I64
+from afterclick.serving.scanner import MASKED
 from afterclick.serving.texts import DECIMALS, SCORE_MAX, Ranked, Texts, ranked_of
 
 

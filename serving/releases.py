@@ -21,7 +21,7 @@ import numpy as np
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.context import Context
-from afterclick.serving.engine import F32, Engine, Past, Scanner, output_of
+from afterclick.serving.engine import F32, Engine, Past, output_of
 from afterclick.serving.errors import BAD_JSON, ConfigError, ContractError, UnavailableError
 from afterclick.serving.index import TwoStageScanner
 from afterclick.serving.manifest import (
@@ -38,6 +38,7 @@ from afterclick.serving.memory import Memory
 from afterclick.serving.past import past_of
 from afterclick.serving.place import Place
 from afterclick.serving.ranking import pick_plain
+from afterclick.serving.scanner import Scanner
 from afterclick.serving.settings import ServingSettings
 
 CURRENT_NAME = "current.json"
@@ -75,14 +76,14 @@ class LoadedRelease:
         if self.blend is not None:
             self.memory = Memory.from_release(folder, self.manifest, self.catalog.ids)
         self.scanner = _scanner(self.catalog.scan_vectors_ND, settings)
-        self.catalog.matrix_changed = False
+        self.catalog.changed_rows.clear()
         self._warm(settings)
 
     def refresh(self) -> None:
         """Show the scan what the catalogue took since."""
-        if self.catalog.matrix_changed:
-            self.scanner.changed(self.catalog.scan_vectors_ND)
-            self.catalog.matrix_changed = False
+        if self.catalog.changed_rows:
+            self.scanner.changed(self.catalog.scan_vectors_ND, self.catalog.changed_rows)
+            self.catalog.changed_rows.clear()
 
     def _warm(self, settings: ServingSettings) -> None:
         # Memory arenas grow on first use; without this the first click after a swap pays for it.
@@ -98,6 +99,8 @@ class LoadedRelease:
             past = past_of([b""] * num_users, self.catalog, self.manifest.inputs.past)
             query_BD = self.engine.query(state_BS, past)
             pick_plain(*self.scanner.top(query_BD, want), self.catalog.texts, want=want - 1)
+            if num_users == 1:
+                self.scanner.scores(query_BD)
             if self.blend is not None and self.memory is not None:
                 contexts = [Context()] * num_users
                 self.blend.rank(

@@ -27,10 +27,10 @@ import mode
 from faust.types import TP
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import choose_provider
 from afterclick.serving.errors import ContractError, UnavailableError
 from afterclick.serving.keys import partition_of
 from afterclick.serving.records import TopList, encode_list
+from afterclick.serving.sessions import choose_provider
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
 from afterclick.serving.texts import Ranked, ranked_of

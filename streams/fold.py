@@ -20,7 +20,7 @@ import numpy as np
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.context import Context
-from afterclick.serving.engine import F32, Engine, Scanner
+from afterclick.serving.engine import F32, Engine
 from afterclick.serving.manifest import event_code, gap_bucket
 from afterclick.serving.memory import BEFORE, Memory, Move
 from afterclick.serving.past import past_of
@@ -38,6 +38,7 @@ from afterclick.serving.records import (
     repeat_tag,
     unpack_interactions,
 )
+from afterclick.serving.scanner import Scanner
 from afterclick.serving.settings import ListRules
 from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.events import FoldEvent

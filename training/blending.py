@@ -25,12 +25,13 @@ from afterclick.serving.blend import Blend, Candidates, gather
 from afterclick.serving.candidates import SOURCES
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.context import Context
-from afterclick.serving.engine import F32, I64, Scanner
+from afterclick.serving.engine import F32, I64
 from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED, columns_of
 from afterclick.serving.manifest import BlendSpec
 from afterclick.serving.memory import Memory
 from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_interaction
 from afterclick.serving.rows import Rows, rows_of
+from afterclick.serving.scanner import Scanner
 from afterclick.training.blend_graph import CLIP, blend_graph
 from afterclick.training.data import UNKNOWN, Held
 from afterclick.training.denormals import flushed

@@ -23,7 +23,7 @@ import torch
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.encoder import ItemEncoder
-from afterclick.serving.engine import Engine, Past, Scanner, output_of
+from afterclick.serving.engine import Engine, Past, output_of
 from afterclick.serving.errors import ContractError
 from afterclick.serving.manifest import (
     BLEND_NAME,
@@ -55,6 +55,7 @@ from afterclick.serving.manifest import (
 from afterclick.serving.memory import Memory
 from afterclick.serving.past import past_of_rows
 from afterclick.serving.releases import replayed, self_test
+from afterclick.serving.scanner import Scanner
 from afterclick.serving.text import TEXT_VERSION
 from afterclick.training.blending import Fitted as FittedBlend
 from afterclick.training.blending import graph_of

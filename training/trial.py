@@ -11,11 +11,12 @@ import msgspec
 import numpy as np
 import torch
 
-from afterclick.serving.engine import F32, MASKED
+from afterclick.serving.engine import F32
 from afterclick.serving.errors import ContractError
 from afterclick.serving.past import past_of_rows
 from afterclick.serving.records import item_hash
 from afterclick.serving.releases import LoadedRelease
+from afterclick.serving.scanner import MASKED
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import NO_ITEM_EVENTS
 from afterclick.training.baselines import drop_seen, evaluate_baselines

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Scanner
 from afterclick.serving.manifest import ItemRow, ItemTable
 from afterclick.serving.memory import Memory, memory_of, moves_of
+from afterclick.serving.scanner import Scanner
 from afterclick.training.blending import Arrivals, Asked, Knowledge, Stage, asked_of
 from afterclick.training.data import UNKNOWN, Held, Sequences, windows
 from afterclick.training.evaluate import model_queries

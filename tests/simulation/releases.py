@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Engine, Scanner
+from afterclick.serving.engine import Engine
 from afterclick.serving.manifest import Publication
 from afterclick.serving.memory import Memory
 from afterclick.serving.records import InputsEntry
 from afterclick.serving.releases import LoadedRelease
+from afterclick.serving.scanner import Scanner
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
 from afterclick.streams.feed import absorber_of, catch_up

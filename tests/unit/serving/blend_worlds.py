@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from afterclick.serving.blend import Candidates, Context, gather
-from afterclick.serving.engine import MASKED, Look
 from afterclick.serving.manifest import BlendSpec
 from afterclick.serving.memory import HOUR_MS, Memory
 from afterclick.serving.records import Interaction, item_hash, pack_interaction
 from afterclick.serving.rows import Published, Rows
+from afterclick.serving.scanner import MASKED, Look
 
 START_MS = 1 << 40
 FEATURES_TIMED = ["next_day", "reach"]

@@ -284,7 +284,7 @@ def test_what_others_leave_out_does_not_move_the_cut_of_a_users_best(
     """Their scan goes deeper, and a group of equal scores at one's own end came into sight."""
     vectors = loaded.catalog.scan_vectors_ND
     vectors[: loaded.catalog.num_items] = vectors[np.arange(loaded.catalog.num_items) // 3 * 3]
-    loaded.scanner.changed(vectors)
+    loaded.scanner.changed(vectors, range(len(vectors)))
     query_BD, contexts = some(loaded, 2)
     alone = rank(loaded, query_BD[:1], contexts[:1])
     drops = [frozenset(), frozenset(item_hash(f"i{code:05d}") for code in range(40))]

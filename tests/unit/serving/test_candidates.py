@@ -15,8 +15,8 @@ from afterclick.serving.candidates import (
     near_items,
     scratch,
 )
-from afterclick.serving.engine import MASKED
 from afterclick.serving.neighbours import Sessions, index_sessions
+from afterclick.serving.scanner import MASKED
 from tests.unit.serving.blend_worlds import World, worlds
 
 NUM_ITEMS = 40

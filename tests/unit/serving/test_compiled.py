@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from numba.core.registry import CPUDispatcher
 
-from afterclick.serving import candidates, context, describing, texts
+from afterclick.serving import bounds, candidates, context, describing, dots, texts
 from afterclick.serving.blend import compile_loops
 from afterclick.serving.context import Context
 from afterclick.serving.manifest import Publication
@@ -20,7 +20,7 @@ from afterclick.serving.settings import ServingSettings
 from tests.tiny_release import digest_of, write_tiny_release
 
 SERVING = Path(__file__).parents[3] / "serving"
-MODULES = (candidates, context, describing, texts)
+MODULES = (bounds, candidates, context, describing, dots, texts)
 
 
 def compiled_functions() -> dict[str, CPUDispatcher]:
@@ -45,6 +45,8 @@ def test_a_loaded_release_compiles_nothing_more(tmp_path: Path, scan: str) -> No
         "candidates.name_candidates",
         "describing.describe_all",
         "texts._written",
+        "bounds._named",
+        "dots._pairs",
     ):
         assert before[f"afterclick.serving.{name}"] == 1
     assert loaded.blend is not None

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterclick.serving.describing import halved
-from afterclick.serving.engine import MASKED
 from afterclick.serving.features import FEATURES, REACH_FEATURES, TIMED
 from afterclick.serving.memory import HALF_LIVES_MS, HOUR_MS, TICKS, Memory
+from afterclick.serving.scanner import MASKED
 from afterclick.serving.trails import WINDOW, Trails
 from tests.unit.serving.blend_worlds import World, worlds
 from tests.unit.serving.test_candidates import model_slowly, near_slowly, now_of

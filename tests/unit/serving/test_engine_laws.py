@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import MASKED, Engine, Scanner, choose_provider, session_of
+from afterclick.serving.engine import Engine
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.serving.manifest import Manifest, Publication, read_manifest
 from afterclick.serving.ranking import pick, pick_plain, rank_all
 from afterclick.serving.releases import LoadedRelease, ReleaseStore, self_test
+from afterclick.serving.scanner import MASKED, Scanner
+from afterclick.serving.sessions import choose_provider, session_of
 from afterclick.serving.settings import ServingSettings
 from afterclick.serving.texts import Texts
 from tests.doubles import damaged
@@ -266,47 +268,6 @@ def test_publications_are_numbered_and_a_rollback_is_one(tmp_path: Path, remote:
         store.add(staged)
 
 
-def test_rows_that_changed_are_scored_as_they_are_now(folder: Path, manifest: Manifest) -> None:
-    """What a release brings is packed at load; masked, shown and new rows must not be missed, and
-    no bit may depend on who shares the call.
-    """
-    first = Catalog.from_release(folder, manifest).scan_vectors_ND
-    scanner = Scanner(first.copy(), provider="cpu", threads=1)
-    rng = np.random.default_rng(12)
-    q_BD = rng.standard_normal((40, manifest.scan_dim)).astype(np.float32)
-    for num in (0, 1, 3, 70, 200, 2000):
-        now = first.copy()
-        rows = rng.choice(len(first), num, replace=False)
-        now[rows] = rng.standard_normal((num, manifest.scan_dim))
-        now[rows[::3]] = 0.0
-        now[rows[::3], -1] = MASKED
-        scanner.changed(now)
-        scores = scanner.scores(q_BD)
-        # Sums of 65 products of about 1, in another order.
-        assert np.allclose(scores, q_BD @ now.T, rtol=1e-5, atol=1e-4)
-        for size in (1, 7):
-            parts = [scanner.scores(q_BD[at : at + size]) for at in range(0, 40, size)]
-            assert np.array_equal(np.concatenate(parts), scores)
-    scanner.changed(np.concatenate([first, first[:9]]))
-    assert scanner.scores(q_BD).shape == (40, len(first) + 9)
-
-
-def test_scores_do_not_depend_on_what_happened_between(folder: Path, manifest: Manifest) -> None:
-    """A worker that starts later reads a compacted topic: items that came and went are unknown."""
-    first = Catalog.from_release(folder, manifest).scan_vectors_ND
-    rng = np.random.default_rng(13)
-    q_BD = rng.standard_normal((9, manifest.scan_dim)).astype(np.float32)
-    hidden, now = first.copy(), first.copy()
-    hidden[: len(first) // 2] = 0.0
-    hidden[: len(first) // 2, -1] = MASKED
-    now[5:9] = now[15:19]
-    straight, around = (Scanner(first.copy(), provider="cpu", threads=1) for _ in range(2))
-    for matrix in (hidden, first, np.concatenate([first, first]), hidden, now):
-        around.changed(matrix)
-    straight.changed(now)
-    assert np.array_equal(around.scores(q_BD), straight.scores(q_BD))
-
-
 def test_a_gpu_multiplies_with_all_bits(
     folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +280,7 @@ def test_a_gpu_multiplies_with_all_bits(
         def __init__(self, *_: object, providers: list[object]) -> None:
             asked.extend(providers)
 
-    monkeypatch.setattr("afterclick.serving.engine.ort.InferenceSession", Recorder)
+    monkeypatch.setattr("afterclick.serving.sessions.ort.InferenceSession", Recorder)
     session_of(folder / "query.onnx", "cuda", 1)
     session_of(folder / "query.onnx", "cpu", 1)
     assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]

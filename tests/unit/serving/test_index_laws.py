@@ -9,11 +9,12 @@ import pytest
 
 from afterclick.serving.best import best_first, best_rows
 from afterclick.serving.blend import Context
-from afterclick.serving.engine import F32, MASKED, Scanner
+from afterclick.serving.engine import F32
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.index import SURVIVORS, WANT_MAX, TwoStageScanner
 from afterclick.serving.manifest import Publication
 from afterclick.serving.releases import LoadedRelease
+from afterclick.serving.scanner import MASKED, Scanner
 from afterclick.serving.settings import ListRules, ServingSettings
 from tests.tiny_release import digest_of, write_tiny_release
 
@@ -70,10 +71,10 @@ def test_bits_do_not_depend_on_the_order_in_which_rows_came() -> None:
     vectors, q_BD = world()
     release, late = NUM_ROWS - 100, np.arange(NUM_ROWS - 100, NUM_ROWS)
     one, other = (TwoStageScanner(masked(vectors, late)) for _ in range(2))
-    one.changed(vectors)
+    one.changed(vectors, range(NUM_ROWS))
     for row in reversed(late.tolist()):
-        other.changed(masked(vectors, np.arange(release, row)))
-    other.changed(vectors)
+        other.changed(masked(vectors, np.arange(release, row)), range(NUM_ROWS))
+    other.changed(vectors, range(NUM_ROWS))
 
     for found, expected in zip(other.top(q_BD, 70), one.top(q_BD, 70), strict=True):
         assert np.array_equal(found, expected)
@@ -132,12 +133,12 @@ def test_a_new_row_is_found_at_once_and_a_masked_one_no_more() -> None:
     scanner = TwoStageScanner(masked(vectors, [best]))
     assert best not in scanner.top(q_BD[:1], 50)[1]
 
-    scanner.changed(vectors)
+    scanner.changed(vectors, range(NUM_ROWS))
     assert scanner.top(q_BD[:1], 1)[1].item() == best
     grown = np.concatenate([vectors, 2 * q_BD[:1]])
-    scanner.changed(grown)
+    scanner.changed(grown, range(NUM_ROWS))
     assert scanner.top(q_BD[:1], 2)[1].tolist() == [[NUM_ROWS, best]]
-    scanner.changed(masked(grown, [NUM_ROWS]))
+    scanner.changed(masked(grown, [NUM_ROWS]), range(NUM_ROWS))
     assert scanner.top(q_BD[:1], 1)[1].item() == best
 
 
@@ -147,8 +148,8 @@ def test_masked_rows_in_the_index_change_no_answer() -> None:
     gone = np.random.default_rng(1).choice(NUM_ROWS, 300, replace=False)
     without = masked(vectors, gone)
     never, once = TwoStageScanner(without), TwoStageScanner(without)
-    once.changed(vectors)
-    once.changed(without)
+    once.changed(vectors, range(NUM_ROWS))
+    once.changed(without, range(NUM_ROWS))
 
     for found, expected in zip(once.top(q_BD, 70), never.top(q_BD, 70), strict=True):
         assert np.array_equal(found, expected)
@@ -168,7 +169,7 @@ def test_where_it_cannot_decide_the_scan_is_exact(case: str) -> None:
     scanner = TwoStageScanner(vectors)
     if case == "most-masked":
         vectors = masked(vectors, np.arange(NUM_ROWS - 60))
-        scanner.changed(vectors)
+        scanner.changed(vectors, range(NUM_ROWS))
 
     for found, expected in zip(
         scanner.top(q_BD, want), Scanner(vectors, provider="cpu").top(q_BD, want), strict=True

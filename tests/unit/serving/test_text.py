@@ -80,7 +80,7 @@ def test_a_new_item_has_the_vectors_of_what_it_says() -> None:
     assert np.linalg.norm(found.scan_vectors_ND[row, :-1]) == pytest.approx(1.0)
     assert found.scan_vectors_ND[row, -1] == -2.5
     assert np.array_equal(found.step_vectors_NE[row], found.step_vectors_NE[twin])
-    assert found.matrix_changed
+    assert found.changed_rows == {row, twin}
 
 
 def test_an_item_that_says_nothing_known_has_no_row() -> None:

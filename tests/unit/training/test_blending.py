@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from afterclick.serving.catalog import Catalog
-from afterclick.serving.engine import Scanner
 from afterclick.serving.errors import ConfigError
 from afterclick.serving.features import REACH_FEATURES
 from afterclick.serving.manifest import BLEND_NAME, MANIFEST_NAME, MEMORY_NAME, ItemRow, ItemTable
 from afterclick.serving.memory import memory_of, moves_of
+from afterclick.serving.scanner import Scanner
 from afterclick.training import blended
 from afterclick.training.blending import (
     USERS_LIVE,
