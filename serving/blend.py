@@ -45,14 +45,8 @@ from afterclick.serving.together import Together
 USERS_MAX = 64
 """Users described at once: more gain nothing."""
 
-SCAN_USERS_MAX = 256
-"""Users who share a scan."""
-
 SHARED_USERS_MAX = 32
 """Smaller batches that are asked for at the same time become one."""
-
-PAIRS_MAX = 1 << 24
-"""Scores that a scan leaves at once: 64 MB."""
 
 
 class Candidates(NamedTuple):
@@ -122,7 +116,7 @@ class Blend:
         memory, scanner, want = asked.memory, asked.scanner, asked.want
         rows = self.rows(memory, asked.catalog)
         # More users read the matrix together than are described together.
-        together = max(2, min(SCAN_USERS_MAX, PAIRS_MAX // scanner.num_rows))
+        together = scanner.users_max
         size = min(USERS_MAX, together)
         ranked: list[Ranked] = []
         for begin in range(0, len(asked.query_BD), together):

@@ -29,7 +29,7 @@ from afterclick.serving.best import best_first
 from afterclick.serving.dots import scores_of
 from afterclick.serving.engine import F32, I64
 from afterclick.serving.errors import ConfigError
-from afterclick.serving.scanner import MASKED, Scanner
+from afterclick.serving.scanner import MASKED, USERS_MAX, Scanner
 
 SURVIVORS = 768
 """Rows of a user that are scored exactly; recall and cost by their number: docs/performance.md."""
@@ -72,6 +72,11 @@ class TwoStageScanner(Scanner):
         self._known_N = np.zeros(0, bool)
         self._row_of_M = np.zeros(0, np.int64)
         self._add_rows()
+
+    @property
+    def users_max(self) -> int:
+        """Users that one call should be asked for at most: few rows of each are scored."""
+        return USERS_MAX
 
     @property
     def index_bytes(self) -> int:

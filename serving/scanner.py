@@ -35,6 +35,13 @@ SHARED_USERS_MAX = 32
 """
 
 
+USERS_MAX = 256
+"""Users scored in one call: more gain nothing."""
+
+SCORES_MAX = 16 << 20
+"""Scores of one call that keeps them all, 64 MB: 256 users at 65,000 items, 16 at a million."""
+
+
 class Look(NamedTuple):
     """The best rows of some users, and a way to the score of any other row."""
 
@@ -97,6 +104,13 @@ class Scanner:
     def num_rows(self) -> int:
         """N, rows that are masked or spare included."""
         return len(self._matrix)
+
+    @property
+    def users_max(self) -> int:
+        """Users that one call should be asked for at most."""
+        if self._bounds is not None:
+            return USERS_MAX
+        return max(2, min(USERS_MAX, SCORES_MAX // self.num_rows))
 
     def changed(self, scan_vectors_ND: F32, rows: Iterable[int]) -> None:
         """Take a matrix with at least as many rows, of which these differ from before; new ones

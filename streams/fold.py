@@ -45,10 +45,6 @@ from afterclick.streams.events import FoldEvent
 from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
-SCAN_USERS_MAX = 256
-"""Users scored in one call: more gain nothing."""
-SCAN_SCORES_MAX = 16 << 20
-"""Scores of one call, 64 MB: 256 users at 65,000 items, 16 at a million."""
 
 
 class Release(Protocol):
@@ -283,7 +279,7 @@ def rank_states(
         head: what to rank for.
     """
     ranked: list[Ranked] = []
-    size = max(2, min(SCAN_USERS_MAX, SCAN_SCORES_MAX // release.scanner.num_rows))
+    size = release.scanner.users_max
     for start in range(0, len(states_BS), size):
         own = (contexts or [Context()] * len(states_BS))[start : start + size]
         past = past_of(

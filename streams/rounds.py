@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
 from afterclick.serving.errors import ContractError
-from afterclick.streams.fold import SCAN_USERS_MAX
+from afterclick.serving.scanner import USERS_MAX
 from afterclick.streams.gate import Gate
 from afterclick.streams.lockstep import Folder, LockstepStore, Steps, in_step
 from afterclick.streams.partition import Moved
 
-RECORDS_MAX = SCAN_USERS_MAX
+RECORDS_MAX = USERS_MAX
 """Of a round of several partitions: more gain nothing, and would wait for each other."""
 
 

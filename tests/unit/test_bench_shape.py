@@ -45,8 +45,8 @@ def sent_and_seen(latencies_ms: list[float | None]) -> tuple[list[int], dict, di
         0 if ms is None else at + int(ms * MS) for at, ms in zip(due, latencies_ms, strict=True)
     ]
     offsets = list(range(len(due)))
-    sent = {"sent_ns": due, "offset": offsets, "late_start_ns": -1}
-    return due, sent, {"seen_ns": seen, "offset": offsets, "polls": 1}
+    sent = {"sent_ns": due, "offset": offsets, "late_start_ns": -1, "cpu_s": 0.2}
+    return due, sent, {"seen_ns": seen, "offset": offsets, "polls": 1, "cpu_s": 0.1}
 
 
 def test_latency_counts_from_the_moment_a_click_was_due() -> None:
@@ -56,6 +56,7 @@ def test_latency_counts_from_the_moment_a_click_was_due() -> None:
     found = summary(due, sent, seen, rate=1.0)
     assert found["p50"] == 5.0
     assert found["sender_lag_p99"] == 4.0
+    assert found["cpu_us_a_click"] == {"sender": 2000.0, "watcher": 1000.0}
 
 
 def test_the_histogram_counts_every_click_once() -> None:
