@@ -105,7 +105,9 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             rate = drain.result()
             _count(stage, failures)
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
-            idle = latency.measure(stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds)
+            idle = latency.measure(
+                stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds, linger_ms=0
+            )
             ladder, swapped = {}, {}
             for share in LIVE_SHARES:
                 live = rate.clicks_per_s * share

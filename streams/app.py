@@ -512,14 +512,16 @@ def build_app(worker: Worker) -> faust.App:
     )
     ChunkConsumer.records_max = streams.chunk_records_max
     ChunkConsumer.fetch_wait_ms = streams.fetch_wait_ms
+    ChunkConsumer.fetch_rest_ms = streams.fetch_rest_ms
     ChunkConsumer.prepared = worker.prepared
     topic = app.topic(streams.clicks_topic, schema=ChunkSchema())
 
     async def fold_clicks(stream: Any) -> None:
         async for event in stream.events():
-            held = worker.held.get(event.message.partition)
-            if held is not None:
-                held.deliver(event.value)
+            for partition, chunk in event.value:
+                held = worker.held.get(partition)
+                if held is not None:
+                    held.deliver(chunk)
 
     app.agent(topic, name="fold_clicks", concurrency=1)(fold_clicks)
 

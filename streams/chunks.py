@@ -1,10 +1,9 @@
-"""The Faust consumer that hands over a chunk of records as one event.
+"""The Faust consumer that hands over all that was fetched as one event.
 
 Faust makes four asyncio tasks a message, 50–70 µs of CPU; this consumer delivers what one fetch
-brought of a
-partition as one message, at 2–4 µs a record, and keeps Faust's group membership, rebalancing,
-commits and
-agents. What it changes, and the contract tests in tests/contract/test_faust.py hold it to:
+brought, a chunk of each partition, as one message, at 2–4 µs a record, and keeps Faust's group
+membership, rebalancing, commits and agents. What it changes, and the contract tests in
+tests/contract/test_faust.py hold it to:
 
 - Faust's acks are not used: what is committed is `progress`, which the app moves after each write.
 - Seeks happen between two fetches only, so that no record fetched before a seek is taken for one
@@ -52,15 +51,44 @@ class CommittedConsumerThread(AIOKafkaConsumerThread):
         consumer._fetch_max_wait_ms = ChunkConsumer.fetch_wait_ms  # Faust fixes it at 1.5 s
         return consumer
 
+    async def on_start(self) -> None:
+        """Connect, and give each node its rests."""
+        await super().on_start()
+        rest_between_fetches(self._ensure_consumer()._fetcher, ChunkConsumer.fetch_rest_ms / 1000)
+
+
+def rest_between_fetches(fetcher: Any, rest_s: float) -> None:
+    """Let aiokafka's fetcher leave a broker alone for a while after it brought records.
+
+    Else it asks again at once: under load for every single click, which costs both sides as much as
+    a hundred; and without the partitions whose records were not taken yet, so that their next
+    clicks wait until the others' request is answered.
+    """
+    fetch = fetcher._proc_fetch_request
+
+    async def fetch_and_rest(*request: Any) -> Any:
+        found = await fetch(*request)
+        if found:
+            for waiter in list(fetcher._fetch_waiters):
+                fetcher._notify(waiter)
+            with contextlib.suppress(asyncio.CancelledError):  # as in aiokafka's own
+                await asyncio.sleep(rest_s)
+        return found
+
+    fetcher._proc_fetch_request = fetch_and_rest
+
 
 class ChunkConsumer(Consumer):
-    """Delivers chunks; see the module's docstring."""
+    """Delivers lists of partition and chunk; see the module's docstring."""
 
     records_max = 1024
     """Records of one delivered chunk."""
 
     fetch_wait_ms = 20
     """Longest time the broker holds an empty fetch."""
+
+    fetch_rest_ms = 3
+    """Pause after a fetch that brought records."""
 
     prepared: asyncio.Event | None = None
     """Set once chunks can be folded: the group is joined no sooner, so that others keep the
@@ -155,6 +183,9 @@ class ChunkConsumer(Consumer):
                 self._next[tp] = offset
 
     async def _deliver(self, records: Mapping[Any, list[Any]]) -> None:
+        """All of a fetch at once, so that its partitions are folded together."""
+        chunks: list[tuple[int, Chunk]] = []
+        message: Any = None
         for raw_tp, found in records.items():
             tp = TP(*raw_tp)
             for start in range(0, len(found), self.records_max):
@@ -167,10 +198,12 @@ class ChunkConsumer(Consumer):
                 if not self.flow_active or tp in self._seeks or tp not in self.assignment():
                     # Dropped: the next chunk begins after it, which the fold takes as a hole.
                     continue
-                message = self._to_message(tp, piece[-1])
-                chunk: Any = Chunk(begin, end, [record_of(record) for record in piece], rewound)
-                message.value = chunk
-                await self.callback(message)
+                taken = [record_of(record) for record in piece]
+                chunks.append((tp.partition, Chunk(begin, end, taken, rewound)))
+                message = message or self._to_message(tp, piece[-1])
+        if chunks:
+            message.value = chunks
+            await self.callback(message)
 
 
 class ChunkTransport(Transport):

@@ -95,6 +95,11 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     says; the local broker `tansu` looks for new records about four times within it.
     """
 
+    fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 3
+    """Pause after a fetch that brought clicks: those that come within it are fetched and folded
+    together. A click after a longer silence waits for nobody.
+    """
+
     fold_threads: Annotated[int, Meta(ge=0, le=256)] = 0
     """Rounds folded at the same time, of what waits in all partitions by then; 0 means one more
     than there are cores, so that one waits for Redis while the others compute.

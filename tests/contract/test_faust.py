@@ -29,6 +29,7 @@ import kafka.errors
 import mode
 import pytest
 import redis
+from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher
 from faust.transport.conductor import Conductor
 from faust.transport.consumer import Consumer
 from faust.transport.drivers import aiokafka as driver
@@ -38,7 +39,12 @@ from kafka.admin import KafkaAdminClient, NewTopic
 
 from afterclick.serving.connection import connect
 from afterclick.streams.admin import client_config
-from afterclick.streams.chunks import ChunkConsumer, ChunkTransport, CommittedConsumerThread
+from afterclick.streams.chunks import (
+    ChunkConsumer,
+    ChunkTransport,
+    CommittedConsumerThread,
+    rest_between_fetches,
+)
 from afterclick.streams.local import Redis
 from afterclick.streams.log import LogReader, new_consumer
 from afterclick.streams.processes import free_port
@@ -92,6 +98,8 @@ def test_the_consumer_still_has_what_we_override_or_call(name: str, parameters: 
         (driver.Consumer.perform_seek, "seek_to_committed"),
         (driver.ThreadDelegateConsumer.__init__, "_new_consumer_thread"),
         (driver.AIOKafkaConsumerThread._create_consumer, "_create_worker_consumer"),
+        (driver.AIOKafkaConsumerThread.on_start, "_create_consumer"),
+        (Fetcher._fetch_requests_routine, "_proc_fetch_request"),
         (Conductor._subscriber.fun, "self.app.consumer.subscribe"),
         (faust.App._new_consumer, "transport"),
         (faust.App.transport.fget, "_new_transport"),
@@ -135,13 +143,41 @@ def test_our_isolation_and_fetch_wait_reach_aiokafka_s_fetcher(topics: StreamsSe
         await consumer.stop()
         return fetcher._isolation_level, fetcher._fetch_max_wait_ms
 
-    from aiokafka.consumer.fetcher import READ_COMMITTED
-
     assert asyncio.run(scene()) == (READ_COMMITTED, 21)
     source = inspect.getsource(driver.AIOKafkaConsumerThread._create_worker_consumer)
     assert "fetch_max_wait_ms=1500" in source
     assert 'isolation_level: str = "read_uncommitted"' in source
     assert issubclass(CommittedConsumerThread, driver.AIOKafkaConsumerThread)
+
+
+def test_what_one_fetch_brought_is_one_message() -> None:
+    """Each message costs Faust four tasks, and partitions that come apart are folded apart."""
+
+    async def scene() -> list[Any]:
+        messages: list[Any] = []
+        async with connected_to_nothing() as consumer:
+            consumer.flow_active = True
+            tps = [TP("clicks", partition) for partition in range(3)]
+            consumer.assignment = lambda: set(tps)
+            consumer._to_message = lambda tp, record: SimpleNamespace(partition=tp.partition)
+            consumer.records_max = 2
+            consumer.seek_soon(tps[2], 7)
+
+            async def take(message: Any) -> None:
+                messages.append(message)
+
+            consumer.callback = take
+            raw = [
+                SimpleNamespace(offset=at, timestamp=0, key=b"k", value=b"v", headers=())
+                for at in range(3)
+            ]
+            await consumer._deliver({tps[0]: raw, tps[1]: raw[:1], tps[2]: raw})
+            await consumer._deliver({tps[2]: raw})
+        return messages
+
+    (message,) = asyncio.run(scene())
+    told = [(partition, chunk.begin, chunk.end) for partition, chunk in message.value]
+    assert told == [(0, 0, 2), (0, 2, 3), (1, 0, 1)]
 
 
 # What Faust loses by default ---------------------------------------------------------------------
@@ -416,6 +452,42 @@ async def _offsets(settings: StreamsSettings, *steps: Any) -> list[list[int]]:
 def test_a_seek_drops_what_aiokafka_had_fetched_before_it(ten: StreamsSettings) -> None:
     """`ChunkConsumer._apply_seeks`: a chunk that begins where was sought holds nothing older."""
     assert asyncio.run(_offsets(ten, 0, None, 7)) == [[0, 1, 2], [3, 4, 5], [7, 8, 9]]
+
+
+def test_a_fetch_that_brought_records_is_followed_by_a_rest(topics: StreamsSettings) -> None:
+    """`rest_between_fetches` wraps a private method: what it brought must be had at once, what
+    comes meanwhile in one piece, and a consumer that rests must still stop.
+    """
+    rest_s, tp = 2.0, aiokafka.TopicPartition(topics.clicks_topic, 0)
+
+    async def scene() -> tuple[int, float, int, float]:
+        producer = aiokafka.AIOKafkaProducer(bootstrap_servers=topics.broker)
+        consumer = aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=topics.broker, auto_offset_reset="earliest", enable_auto_commit=False
+        )
+        await producer.start()
+        await consumer.start()
+        rest_between_fetches(consumer._fetcher, rest_s)
+        loop = asyncio.get_running_loop()
+        try:
+            consumer.assign([tp])
+            await producer.send_and_wait(tp.topic, b"0", partition=0)
+            first = await consumer.getmany(tp, timeout_ms=20_000)
+            begun_s = loop.time()
+            for number in range(1, 6):
+                await producer.send_and_wait(tp.topic, b"%d" % number, partition=0)
+            sent_s = loop.time() - begun_s
+            more = await consumer.getmany(tp, timeout_ms=20_000)
+            return len(first[tp]), sent_s, len(more[tp]), loop.time() - begun_s
+        finally:
+            async with asyncio.timeout(rest_s / 2):
+                await consumer.stop()
+            await producer.stop()
+
+    first, sent_s, more, after_s = asyncio.run(scene())
+    assert first == 1
+    assert more == 5 or sent_s > rest_s, "this machine was too busy to tell"
+    assert after_s > rest_s / 2
 
 
 @pytest.mark.kafka

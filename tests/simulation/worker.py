@@ -235,12 +235,13 @@ class SimulatedWorker(Worker):
     async def _fold_clicks(self) -> None:
         while True:
             message = await self._buffer.get()
-            held = self.held.get(message.partition)
-            if self.drops and message.value.end < self.around.broker.last(message.partition):
-                self.drops -= 1
-                self.around.note("{}: chunk lost {}", self.name, _words(message.value))
-            elif held is not None:
-                held.deliver(message.value)
+            for partition, chunk in message.value:
+                held = self.held.get(partition)
+                if self.drops and chunk.end < self.around.broker.last(partition):
+                    self.drops -= 1
+                    self.around.note("{}: chunk lost {}", self.name, _words(chunk))
+                elif held is not None:
+                    held.deliver(chunk)
             if self.rng.random() < 0.1:
                 await asyncio.sleep(self.rng.uniform(0.0, 0.05))
 
