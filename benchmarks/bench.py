@@ -106,8 +106,9 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             _count(stage, failures)
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
             idle = latency.measure(
-                stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds, linger_ms=0
-            )
+                stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds, linger_ms=0,
+                worker=worker.process,
+            )  # fmt: skip
             ladder, swapped = {}, {}
             for share in LIVE_SHARES:
                 live = rate.clicks_per_s * share
@@ -115,7 +116,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
                 whole = f"{share:g}" == SWAP_SHARE
                 seconds = options.seconds / (1 if whole else 2)
                 ladder[f"{share:g}"] = latency.measure(
-                    stage, f"live-{share:g}", rate=live, seconds=seconds
+                    stage, f"live-{share:g}", rate=live, seconds=seconds, worker=worker.process
                 )
                 if whole:
                     _say("the same, releases swapped meanwhile")
@@ -124,7 +125,9 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
                     )
             half = rate.clicks_per_s / 2
             _say(f"latency at {half:.0f} clicks/s")
-            loaded = latency.measure(stage, "half", rate=half, seconds=options.seconds)
+            loaded = latency.measure(
+                stage, "half", rate=half, seconds=options.seconds, worker=worker.process
+            )
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")
             if not worker.process.running:

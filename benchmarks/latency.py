@@ -26,7 +26,7 @@ from afterclick.streams.admin import client_config
 from afterclick.streams.events import Click, encode
 from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings
-from benchmarks.ground import ROOT, Ground, Options, item_ids
+from benchmarks.ground import ROOT, Ground, Options, cpu_s, item_ids
 
 START_IN_S = 3.0
 """Both processes have imported everything by then; the sender says so if it is late."""
@@ -192,9 +192,17 @@ def watch(task: Task) -> None:
 
 
 def measure(
-    stage: Ground, name: str, *, rate: float, seconds: float, linger_ms: int = LINGER_MS
+    stage: Ground,
+    name: str,
+    *,
+    rate: float,
+    seconds: float,
+    linger_ms: int = LINGER_MS,
+    worker: Process | None = None,
 ) -> dict[str, Any]:
-    """Latencies in milliseconds at a rate, and what shows that they can be trusted."""
+    """Latencies in milliseconds at a rate, what shows that they can be trusted, and what a click
+    cost in CPU: of the two processes here, of the servers, and of the worker where it is given.
+    """
     start_ns = time.monotonic_ns() + int(START_IN_S * 1e9)
     task = Task(
         options=stage.options,
@@ -220,7 +228,14 @@ def measure(
         ).start()
         for role in ("watch", "send")
     ]
+    others = {**stage.servers, **({"worker": worker} if worker else {})}
     try:
+        _wait_until(start_ns + int(task.warm_up_s * 1e9))
+        before_s = {role: cpu_s(process.pid) for role, process in others.items()}
+        _wait_until(start_ns + int((task.warm_up_s + seconds) * 1e9))
+        took_us = {
+            role: (cpu_s(process.pid) - before_s[role]) * 1e6 for role, process in others.items()
+        }
         for process in processes:
             if process.wait(START_IN_S + task.warm_up_s + seconds + DRAIN_S + 60) != 0:
                 raise RuntimeError(f"{process.name}: failed; it said:\n{process.tail()}")
@@ -232,7 +247,14 @@ def measure(
         for role in ("send", "watch")
     )
     counted_from_ns = start_ns + int(task.warm_up_s * 1e9)
-    return summary(Schedule(task).due_ns, sent, seen, rate=rate, counted_from_ns=counted_from_ns)
+    found = summary(Schedule(task).due_ns, sent, seen, rate=rate, counted_from_ns=counted_from_ns)
+    for role, us in took_us.items():
+        found["cpu_us_a_click"][role] = round(us / (rate * seconds), 1)
+    return found
+
+
+def _wait_until(at_ns: int) -> None:
+    time.sleep(max(0.0, (at_ns - time.monotonic_ns()) / 1e9))
 
 
 def summary(

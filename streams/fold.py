@@ -7,9 +7,8 @@ own last
 event, and everything computed in batches gives the bits that it gives alone (serving/engine.py).
 
 A user's record of another publication is rebuilt from the kept interactions first. Rebuilds run in
-calls of
-their own, grouped by length: one user with 50 steps among 255 with one made the whole call 54 times
-slower.
+calls of their own, grouped by length: one user with 50 steps among 255 with one made the whole call
+54 times slower.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +44,10 @@ from afterclick.streams.events import FoldEvent
 from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
+PADDING_MAX = 48
+"""Steps that may be computed for nothing where that saves a call: each takes 2.6 µs at H 128, a
+call and what is around it 120.
+"""
 
 
 class Release(Protocol):
@@ -459,12 +462,9 @@ def _advance(drafts: list[_Draft], release: Release) -> None:
 
 def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -> list[bytes]:
     """States after everybody's steps, in calls of users with about as many steps."""
-    groups: dict[int, list[int]] = {}
-    for at, own in enumerate(steps):
-        groups.setdefault((len(own) - 1).bit_length(), []).append(at)
     after = [b""] * len(steps)
     engine, vectors_NE = release.engine, release.catalog.step_vectors_NE
-    for members in groups.values():
+    for members in _about_as_long([len(own) for own in steps]):
         lens_B = np.array([len(steps[at]) for at in members], np.int32)
         step_TB4 = np.zeros((int(lens_B.max()), len(members), len(Step._fields)), np.int64)
         for user, at in enumerate(members):
@@ -481,6 +481,19 @@ def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -
         for at, state in zip(members, engine.packed(state_BS), strict=True):
             after[at] = state
     return after
+
+
+def _about_as_long(lens: Sequence[int]) -> list[list[int]]:
+    """Places in groups that waste little when each is filled up to its longest."""
+    groups: list[list[int]] = []
+    longest = wasted = 0
+    for at in sorted(range(len(lens)), key=lambda at: -lens[at]):
+        wasted += longest - lens[at]
+        if not groups or wasted > PADDING_MAX:
+            groups.append([])
+            longest, wasted = lens[at], 0
+        groups[-1].append(at)
+    return groups
 
 
 def _finish(ways: Sequence[_Way], release: Release | None) -> list[Folded]:

@@ -30,6 +30,7 @@ def some_task(rate: float = 500.0) -> Task:
         rate=rate,
         warm_up_s=0.5,
         seconds=1.5,
+        linger_ms=2,
         start_ns=10**12,
         start_ms=1_700_000_000_000,
         streams=StreamsSettings(),
