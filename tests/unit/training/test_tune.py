@@ -131,7 +131,7 @@ def test_what_is_given_is_the_first_trial(source: Source, tmp_path: Path) -> Non
 
 
 def test_the_default_space_holds_what_is_given(tmp_path: Path) -> None:
-    """The default batch depends on the log (452 on serenade-toy), and no list of sizes holds it: a
+    """The default batch depends on the log (517 on serenade-toy), and no list of sizes holds it: a
     study without `--space` began with a draw by chance, and could end below the defaults.
     """
     base = small(epochs=2, blend="off", learning_rate=0.03)
