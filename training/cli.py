@@ -110,7 +110,10 @@ def evaluate(argv: Sequence[str]) -> int:
         if options.from_s is None or options.release is not None:
             raise ConfigError("evaluate: --mode live needs --from UNIX_S, and trains by --config")
     elif (options.release is None) == (options.config is None):
-        raise ConfigError("evaluate: give either --release NAME|current or --config TOML")
+        raise ConfigError(
+            "evaluate: give either --release NAME|current or --config TOML (/dev/null has the "
+            "defaults)"
+        )
     if options.config is not None and options.mode == "session" and not options.train:
         raise ConfigError("evaluate: --config trains on --train FILE; --clicks is held out")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
