@@ -115,5 +115,5 @@ def test_the_last_click_on_an_item_is_what_is_left_out() -> None:
 
 def test_what_to_evaluate_must_be_said_once() -> None:
     """Neither a release nor settings, or both; and how to ask for the defaults."""
-    with pytest.raises(ConfigError, match="either --release.*/dev/null"):
+    with pytest.raises(ConfigError, match=r"either --release.*/dev/null"):
         evaluate(["--clicks", "x.csv"])
