@@ -111,6 +111,7 @@ def catalogue(vectors: F32, q_BD: F32, *, repeats: int = REPEATS) -> dict[str, A
         "recall_50": recall(expected, found, K),
         "alone_is_batch": all(np.array_equal(*pair) for pair in zip(alone, found, strict=False)),
         "matrix_mb": round(vectors.nbytes / 1e6, 1),
+        "lists_read": round(two.lists_read, 3),
         "index_mb": round(two.index_bytes / 1e6, 1),
         "index_cpu_s": round(build_s, 2),
     }
@@ -205,14 +206,14 @@ def table(result: dict[str, Any]) -> list[str]:
         f"Vectors: `{msgspec.json.encode(result['vectors']).decode()}`",
         "",
         "| items | all scored, µs a user | exact | times faster | two-stage | times faster "
-        "| one user alone: exact, µs | two-stage | its recall@10 | recall@50 | matrix, MB "
-        "| index, MB | index, CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| one user alone: exact, µs | two-stage | its recall@10 | recall@50 | lists read "
+        "| matrix, MB | index, MB | index, CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = ("all_scored_us_a_user", "exact_us_a_user", "exact_times_faster")
     names += ("two_stage_us_a_user", "two_stage_times_faster", "exact_alone_us")
     names += ("two_stage_alone_us", "recall_10", "recall_50")
-    names += ("matrix_mb", "index_mb", "index_cpu_s")
+    names += ("lists_read", "matrix_mb", "index_mb", "index_cpu_s")
     for row in result["catalogues"]:
         lines.append(
             f"| {row['items']:,} | " + " | ".join(f"{row[name]:,}" for name in names) + " |"

@@ -33,11 +33,9 @@ LIMIT_USERS = 256
 STAGES: tuple[tuple[str, str, set[str]], ...] = (
     ("steps", "serving/engine.py", {"advance", "zero_state"}),
     ("query", "serving/engine.py", {"query"}),
-    (
-        "scan, top-K",
-        "serving/engine.py",
-        {"top", "scores", "look", "_run", "_top", "_scores_here", "_multiply"},
-    ),
+    ("scan, top-K", "serving/scanner.py", set()),
+    ("scan, top-K", "serving/bounds.py", set()),
+    ("scan, top-K", "serving/dots.py", set()),
     ("scan, top-K", "serving/best.py", set()),
     ("steps", "serving/engine.py", set()),
     ("scan, top-K", "serving/index.py", set()),

@@ -1,13 +1,16 @@
-"""A scan in two stages for catalogues of 100,000 items and more: all roughly, the best exactly.
+"""A scan in two stages for catalogues of 100,000 items and more: some roughly, the best exactly.
 
-First every row is scored by sums of small integers (product quantisation, 4 bits for 2 coordinates,
-`faiss.IndexPQFastScan`); then each user's best `SURVIVORS` are scored again in float32. Knows no
-item id, as the exact scan. Optional: needs the extra `index`. Shape letters as in `engine.py`, and
-R rows that were fetched.
+Rows stand in lists around centres. A query goes through the lists whose centres it scores highest,
+and there every row is scored by sums of small integers (product quantisation, 4 bits for 2
+coordinates, `faiss.IndexIVFPQFastScan`); then each user's best `SURVIVORS` are scored again in
+float32. Knows no item id, as the exact scan. Optional: needs the extra `index`. Shape letters as in
+`engine.py`, R rows that were fetched, L lists.
 
 A user's answer depends on the query and on the rows that can be listed, not on who shares the
 batch, nor on the order in which rows came:
-- codebooks are order statistics of the first rows, not trained;
+- centres are found among the first rows, which come with the release; codebooks are their order
+  statistics, not trained;
+- lists are chosen by exact scores, and a row that comes later finds its list alone;
 - survivors are cut between two different rough scores, never inside a group of equal ones, and
   masked rows do not count;
 - their scores are sums over one row each, whatever lies beside it in memory;
@@ -16,8 +19,8 @@ batch, nor on the order in which rows came:
 Rough scores are integers, but the tables they are summed from are float32 products: as with
 everything else here, the promise of equal bits holds for one CPU level and one version of faiss.
 
-Source: Jégou, Douze & Schmid 2011 (product quantisation); André, Kermarrec & Le Scouarnec 2017
-(sums in registers).
+Source: Jégou, Douze & Schmid 2011 (product quantisation, inverted lists); André, Kermarrec & Le
+Scouarnec 2017 (sums in registers).
 """
 
 from collections.abc import Iterable
@@ -25,11 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from afterclick.serving.best import best_first
-from afterclick.serving.dots import scores_of
-from afterclick.serving.engine import F32, I64
+from afterclick.serving.best import best_first, best_rows
+from afterclick.serving.dots import all_scores, scores_of
 from afterclick.serving.errors import ConfigError
-from afterclick.serving.scanner import MASKED, USERS_MAX, Scanner
+from afterclick.serving.scanner import F32, I64, MASKED, USERS_MAX, Scanner
 
 SURVIVORS = 768
 """Rows of a user that are scored exactly; recall and cost by their number: docs/performance.md."""
@@ -51,6 +53,23 @@ LEVELS = (0.0655, 0.3253, 0.6747, 0.9345)
 ADDED_MAX = 1 << 16
 """Rows copied at a time while the index is filled."""
 
+ALONE_MAX = 16
+"""Rows that faiss compares with centres one by one; for more it multiplies matrices, and the last
+bits of a row would depend on the others.
+"""
+
+ROUNDS, ROWS_A_CENTRE = 6, 64
+"""Of the search for centres."""
+
+TRIED, TRIED_BEST, TRIED_RECALL = 64, 50, 0.99
+"""Rows that stand in for queries when the number of lists is chosen, of the half with the higher
+bias, as the others are hardly ever asked for: twice as many lists are gone through as hold this
+share of their best. Where vectors stand in no groups, these are all.
+"""
+
+FULL = 4
+"""So many times the rows that are fetched the lists of a query hold at least, on average."""
+
 
 class TwoStageScanner(Scanner):
     """`Scanner` whose `top` and `look` are approximate; `scores` stays exact.
@@ -69,6 +88,9 @@ class TwoStageScanner(Scanner):
         dim = scan_vectors_ND.shape[1]
         self._padded_dim = dim + dim % COORDINATES
         self._index: Any = None
+        self._nearest: Any = None
+        self._centres_LD = np.zeros((0, self._padded_dim), np.float32)
+        self._probes = 0
         self._known_N = np.zeros(0, bool)
         self._row_of_M = np.zeros(0, np.int64)
         self._add_rows()
@@ -85,6 +107,11 @@ class TwoStageScanner(Scanner):
         row_bytes: int = code_bytes + self._row_of_M.itemsize
         return len(self._row_of_M) * row_bytes + len(self._known_N)
 
+    @property
+    def lists_read(self) -> float:
+        """Share of the lists that a query goes through."""
+        return self._probes / max(1, len(self._centres_LD))
+
     def changed(self, scan_vectors_ND: F32, rows: Iterable[int]) -> None:
         """Take a matrix with new or masked rows; new ones are found from the next scan on."""
         super().changed(scan_vectors_ND, rows)
@@ -97,7 +124,11 @@ class TwoStageScanner(Scanner):
         return super().top(q_BD, k)
 
     def _top(self, q_BD: F32, k: int) -> tuple[F32, I64]:
-        rough_BR, at_BR = self._index.search(self._padded(q_BD), self._fetched)
+        padded_BD = self._padded(q_BD)
+        list_BL = best_rows(all_scores(padded_BD, self._centres_LD), self._probes)[1]
+        rough_BR, at_BR = self._index.search_preassigned(
+            padded_BD, self._fetched, list_BL, np.zeros(list_BL.shape, np.float32)
+        )
         rows_BR = self._row_of_M[at_BR]
         user_R = np.repeat(np.arange(len(q_BD)), rows_BR.shape[1])
         scores_BR = scores_of(
@@ -122,29 +153,68 @@ class TwoStageScanner(Scanner):
         unknown = np.flatnonzero(~known_N)
         new = unknown[self._matrix[unknown, -1] > MASKED / 2]
         if len(new):
+            size = ALONE_MAX
             if self._index is None:
-                self._index = self._empty_index(new)
-            for rows in np.array_split(new, -(-len(new) // ADDED_MAX)):
-                self._index.add(self._padded(self._matrix[rows]))
+                self._index, size = self._empty_index(new), ADDED_MAX
+            for start in range(0, len(new), size):
+                self._index.add(self._padded(self._matrix[new[start : start + size]]))
             known_N[new] = True
             self._row_of_M = np.concatenate([self._row_of_M, new])
+            if size == ADDED_MAX:
+                self._probes = self._index.nprobe = self._enough_lists(new)
         self._known_N = known_N
 
     def _empty_index(self, rows: I64) -> Any:
-        """With codebooks for these rows: four values along each coordinate, sixteen for a pair."""
-        num_codes = self._padded_dim // COORDINATES
-        index = self._faiss.IndexPQFastScan(
-            self._padded_dim, num_codes, BITS, self._faiss.METRIC_INNER_PRODUCT
+        """With centres and codebooks for these rows: four values along each coordinate, sixteen
+        for a pair.
+        """
+        faiss, num_lists = self._faiss, 1 << max(0, round(np.log2(np.sqrt(len(rows)) / 2)))
+        tried = rows[:: max(1, len(rows) // (num_lists * ROWS_A_CENTRE))]
+        groups = faiss.Kmeans(
+            self._padded_dim,
+            num_lists,
+            niter=ROUNDS,
+            seed=1,
+            min_points_per_centroid=1,
+            max_points_per_centroid=2 * ROWS_A_CENTRE,
         )
+        groups.train(self._padded(self._matrix[tried]))
+        self._centres_LD = np.ascontiguousarray(groups.centroids)
+        nearest = faiss.IndexFlatL2(self._padded_dim)
+        nearest.add(self._centres_LD)
+        self._nearest = nearest  # the index refers to it, and does not keep it
+        index = faiss.IndexIVFPQFastScan(
+            nearest,
+            self._padded_dim,
+            num_lists,
+            self._padded_dim // COORDINATES,
+            BITS,
+            faiss.METRIC_INNER_PRODUCT,
+        )
+        index.by_residual = False
         at = [int(level * (len(rows) - 1)) for level in LEVELS]
         values_4D = np.zeros((len(LEVELS), self._padded_dim), np.float32)
         for coordinate in range(self._matrix.shape[1]):
             values_4D[:, coordinate] = np.partition(self._matrix[rows, coordinate], at)[at]
         first, second = np.divmod(np.arange(1 << BITS), len(LEVELS))
         books = np.stack([values_4D[first, 0::2].T, values_4D[second, 1::2].T], axis=-1)
-        self._faiss.copy_array_to_vector(books.reshape(-1), index.pq.centroids)
+        faiss.copy_array_to_vector(books.reshape(-1), index.pq.centroids)
         index.is_trained = True
         return index
+
+    def _enough_lists(self, rows: I64) -> int:
+        """Lists to go through, by where the best of some rows stand that are taken for queries."""
+        likely = rows[np.argsort(-self._matrix[rows, -1], kind="stable")][: -(-len(rows) // 2)]
+        tried_BD = self._matrix[likely[:: max(1, len(likely) // TRIED)][:TRIED]].copy()
+        tried_BD[:, -1] = 1
+        best_BK = super()._top(tried_BD, min(TRIED_BEST, len(rows)))[1]
+        list_BK = self._nearest.assign(self._padded(self._matrix[best_BK.ravel()]), 1)
+        score_BL = all_scores(self._padded(tried_BD), self._centres_LD)
+        rank_BL = np.argsort(np.argsort(-score_BL, axis=1, kind="stable"), axis=1)
+        rank_BK = np.take_along_axis(rank_BL, list_BK.reshape(best_BK.shape), axis=1)
+        enough = int(np.quantile(rank_BK, TRIED_RECALL, method="higher")) + 1
+        full = -(-FULL * self._fetched * len(self._centres_LD) // len(rows))
+        return min(max(2 * enough, full), len(self._centres_LD))
 
     def _padded(self, vectors: F32) -> F32:
         padded = np.zeros((len(vectors), self._padded_dim), np.float32)
