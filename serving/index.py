@@ -67,7 +67,7 @@ bias, as the others are hardly ever asked for: twice as many lists are gone thro
 share of their best. Where vectors stand in no groups, these are all.
 """
 
-FULL = 4
+FULL = 32
 """So many times the rows that are fetched the lists of a query hold at least, on average."""
 
 

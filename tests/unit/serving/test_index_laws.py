@@ -22,11 +22,11 @@ DIM = 33
 NUM_ROWS = 12_000
 
 
-def world(seed: int = 0, apart: float = 1.0) -> tuple[F32, F32]:
+def world(seed: int = 0, apart: float = 1.0, num: int = NUM_ROWS) -> tuple[F32, F32]:
     """Rows in clusters, a bias last; queries near them."""
     rng = np.random.default_rng(seed)
     centre_CD = apart * rng.standard_normal((200, DIM))
-    rows_ND = centre_CD[rng.integers(0, 200, NUM_ROWS)] + rng.standard_normal((NUM_ROWS, DIM))
+    rows_ND = centre_CD[rng.integers(0, 200, num)] + rng.standard_normal((num, DIM))
     rows_ND[:, -1] *= 0.3
     q_BD = centre_CD[rng.integers(0, 200, 70)] + 0.5 * rng.standard_normal((70, DIM))
     q_BD[:, -1] = 1.0
@@ -40,10 +40,10 @@ def masked(vectors: F32, rows: object) -> F32:
     return hidden
 
 
-@pytest.mark.parametrize("apart", [1.0, 4.0])
-def test_it_finds_what_the_exact_scan_finds(apart: float) -> None:
+@pytest.mark.parametrize(("apart", "num"), [(1.0, NUM_ROWS), (4.0, 10 * NUM_ROWS)])
+def test_it_finds_what_the_exact_scan_finds(apart: float, num: int) -> None:
     """0.99 is the promise; where groups lie apart most of the lists need not be read for it."""
-    vectors, q_BD = world(apart=apart)
+    vectors, q_BD = world(apart=apart, num=num)
     exact, exact_rows = Scanner(vectors, provider="cpu").top(q_BD, 50)
     two = TwoStageScanner(vectors)
     found, found_rows = two.top(q_BD, 50)
