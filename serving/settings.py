@@ -94,9 +94,9 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     scan: Scan = "exact"
-    """`two-stage` scores every item roughly and the best exactly: for catalogues of 100,000 items
-    and more, on the CPU; needs the extra `index`. Lists then miss an item in a hundred or so
-    (docs/performance.md).
+    """`two-stage` reads only where vectors like the query stand, roughly first and the best
+    exactly: for catalogues of some 100,000 items and more, on the CPU; needs the extra `index`.
+    Lists then miss an item in a hundred or so (docs/performance.md).
     """
 
     precision: Literal["fp32", "fp16"] = "fp32"
