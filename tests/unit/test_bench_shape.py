@@ -13,12 +13,12 @@ from benchmarks.bench import _together
 from benchmarks.catalogues import recall
 from benchmarks.drain import Drain
 from benchmarks.gpu import CARDS, floors_ms
-from benchmarks.ground import Options, backlog
+from benchmarks.ground import ROOT, Options, backlog
 from benchmarks.latency import Schedule, Task, summary
 from benchmarks.readers import Seen
 from benchmarks.scale import Heads
 from benchmarks.sizing import Cost, need
-from benchmarks.stages import shares, stage_of
+from benchmarks.stages import STAGES, shares, stage_of
 
 MS = 1_000_000
 
@@ -185,7 +185,7 @@ def test_recall_is_the_share_of_the_best_that_were_found() -> None:
 def test_a_sample_belongs_to_its_innermost_stage() -> None:
     """Frames of libraries count for whoever called them."""
     fold = "thread (1): w;fold (streams/fold.py:250)"
-    assert stage_of(f"{fold};Scanner.top (serving/engine.py:200);run (onnxruntime/x.py:1)") == (
+    assert stage_of(f"{fold};Scanner.top (serving/scanner.py:200);run (onnxruntime/x.py:1)") == (
         "scan, top-K"
     )
     assert stage_of(f"{fold};Engine.advance (serving/engine.py:1);_all (numpy/y.py:2)") == "steps"
@@ -194,6 +194,13 @@ def test_a_sample_belongs_to_its_innermost_stage() -> None:
     waits = "thread (2): w;run (faust/x.py:1);EpollSelector.select (selectors.py:468)"
     raw = f"{fold} 3\nthread (1): w;main (cli.py:3) 1\n{waits} 9\n"
     assert shares(raw) == {"fold, the rest": 0.75, "other": 0.25}
+
+
+def test_stages_name_files_that_are_there() -> None:
+    """A module that moved would count for its caller."""
+    ours = {file for _, file, _ in STAGES if file.startswith(("serving/", "streams/"))}
+    assert ours
+    assert not [file for file in ours if not (ROOT / file).exists()]
 
 
 def test_what_a_deployment_needs_is_the_product_of_rate_and_cost() -> None:
