@@ -75,6 +75,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("rows", "serving.blend", "Blend.rows"),
     ("pasts", "serving.blend", "past_of"),
     ("scan", "serving.scanner", "Scanner.look"),
+    ("scan", "serving.engine", "Scanner.look"),
     ("scan", "serving.index", "TwoStageScanner.look"),
     ("neighbours", "serving.neighbours", "neighbour_items"),
     ("candidates", "serving.blend", "_of_model"),

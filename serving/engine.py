@@ -9,9 +9,9 @@ constant weights, no user with zero steps in a call, no empty call.
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,17 @@ from afterclick.serving.sessions import choose_provider, session_of
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+
+
+class Codes(TypedDict, total=False):
+    """What a step says beside its item; needed where the manifest says so."""
+
+    event_TB: I64 | None
+    """Event codes."""
+    gap_TB: I64 | None
+    """Gap buckets."""
+    hour_TB: I64 | None
+    """Hours of day."""
 
 
 class Past(NamedTuple):
@@ -73,62 +84,31 @@ class Engine:
         """What records hold of these states: exactly them, as `advance` has rounded them."""
         return [state_S.tobytes() for state_S in state_BS.astype(self._kept, copy=False)]
 
-    def advance(
-        self,
-        state_BS: F32,
-        x_TBE: F32,
-        lens_B: I32,
-        *,
-        event_TB: I64 | None = None,
-        gap_TB: I64 | None = None,
-        hour_TB: I64 | None = None,
-    ) -> F32:
+    def advance(self, state_BS: F32, x_TBE: F32, lens_B: I32, **codes: Unpack[Codes]) -> F32:
         """Advance every user by `lens_B` steps, and round as the release says after each of them:
         so it does not matter whether a state was in a record or in memory in between.
 
         Arguments and result are those of `run_steps`.
         """
         if self.manifest.state_dtype == "fp32":
-            return self.run_steps(
-                state_BS, x_TBE, lens_B, event_TB=event_TB, gap_TB=gap_TB, hour_TB=hour_TB
-            )
+            return self.run_steps(state_BS, x_TBE, lens_B, **codes)
         state_BS = state_BS.copy()
         for step in range(int(lens_B.max())):
-            user_B = np.flatnonzero(lens_B > step)
-            event_1B, gap_1B, hour_1B = (
-                None if codes_TB is None else codes_TB[step : step + 1, user_B]
-                for codes_TB in (event_TB, gap_TB, hour_TB)
-            )
-            after_BS = self.run_steps(
-                state_BS[user_B],
-                x_TBE[step : step + 1, user_B],
-                np.ones(len(user_B), np.int32),
-                event_TB=event_1B,
-                gap_TB=gap_1B,
-                hour_TB=hour_1B,
-            )
+            user_B, now = np.flatnonzero(lens_B > step), slice(step, step + 1)
+            own: Any = {name: codes_TB[now, user_B] for name, codes_TB in _given(codes)}
+            one_B = np.ones(len(user_B), np.int32)
+            after_BS = self.run_steps(state_BS[user_B], x_TBE[now, user_B], one_B, **own)
             state_BS[user_B] = after_BS.astype(self._kept)
         return state_BS
 
-    def run_steps(
-        self,
-        state_BS: F32,
-        x_TBE: F32,
-        lens_B: I32,
-        *,
-        event_TB: I64 | None = None,
-        gap_TB: I64 | None = None,
-        hour_TB: I64 | None = None,
-    ) -> F32:
+    def run_steps(self, state_BS: F32, x_TBE: F32, lens_B: I32, **codes: Unpack[Codes]) -> F32:
         """What the step graph gives for `lens_B` steps of every user in one call, not rounded.
 
         Args:
             state_BS: states before, as records hold them.
             x_TBE: step vectors, rows beyond a user's length are ignored.
             lens_B: steps of each user, every one ≥ 1.
-            event_TB: event codes; needed where the manifest says so.
-            gap_TB: gap buckets; likewise.
-            hour_TB: hours of day; likewise.
+            codes: of each step; what the manifest does not ask for is left aside.
 
         Returns:
             (B, S) states after, a new array.
@@ -139,12 +119,9 @@ class Engine:
         assert len(lens_B) > 0, "an empty call aborts ONNX Runtime"
         assert int(lens_B.min()) > 0, "sequence_lens 0 returns zeros"
         feed: dict[str, Any] = {"x": x_TBE, "lens": lens_B, **self._split(state_BS)}
-        if self.manifest.inputs.event:
-            feed["event"] = event_TB
-        if self.manifest.inputs.gap:
-            feed["gap"] = gap_TB
-        if self.manifest.inputs.hour:
-            feed["hour"] = hour_TB
+        asked = self.manifest.inputs
+        wanted = {"event_TB": asked.event, "gap_TB": asked.gap, "hour_TB": asked.hour}
+        feed |= {name[:-3]: codes_TB for name, codes_TB in _given(codes) if wanted[name]}
         names = [f"{tensor.name}_next" for tensor in self.manifest.state]
         parts = self._step.run(names, feed)
         state = np.concatenate(
@@ -186,6 +163,11 @@ class Engine:
             parts[tensor.name] = np.ascontiguousarray(part.transpose(1, 0, 2))
             start = stop
         return parts
+
+
+def _given(codes: Codes) -> list[tuple[str, I64]]:
+    named: Mapping[str, Any] = codes
+    return [(name, codes_TB) for name, codes_TB in named.items() if codes_TB is not None]
 
 
 def output_of(head: str) -> str:
