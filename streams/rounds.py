@@ -116,6 +116,10 @@ class Rounds:
                             one.done.set_exception(outcome)
                         else:
                             one.done.set_result(outcome)
+        except Exception as error:  # noqa: BLE001 - a partition that hears nothing waits for ever
+            for one, _ in taken:
+                if not one.done.done():
+                    one.done.set_exception(error)
         finally:
             for one, _ in taken:
                 one.done.cancel()  # nobody's: all are done, unless this task was ended

@@ -219,6 +219,18 @@ def test_a_round_takes_all_who_ask_while_the_one_before_runs() -> None:
     assert rounds == [["a", "b"], ["c"]]
 
 
+def test_a_round_that_cannot_run_is_everybody_s_error() -> None:
+    """A partition that is told nothing would stand still in silence."""
+
+    async def scenario() -> None:
+        rounds, threads = rounds_of(Replica())
+        threads.shutdown()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await rounds.fold(Counted([[]], "a", 1))
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+
+
 def test_who_leaves_waits_for_the_write_in_hand() -> None:
     """The partition's next owner must not meet a thread that still writes."""
     told: list[str] = []
