@@ -171,7 +171,7 @@ MUTATIONS = {
     "one read": Mutation(reads_apart, kinds=("late", "failover")),
     "renewal's compare-and-set": Mutation(
         without_line("RENEW", "if head ~= ARGV[1] then return head end\n"),
-        first=400,
+        first=200,
         kinds=("zombie", "slow", "failover"),
     ),
     "due marks removed by a commit": Mutation(
