@@ -120,7 +120,9 @@ class Inbox:
         if not self._chunks and timeout_s > 0:
             self._filled.clear()
             try:
-                await asyncio.wait_for(self._filled.wait(), timeout_s)
+                # `wait_for` of Python 3.11 loses a cancellation that comes with the chunk.
+                async with asyncio.timeout(timeout_s):
+                    await self._filled.wait()
             except TimeoutError:
                 return False
         return bool(self._chunks)
