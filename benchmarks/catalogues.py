@@ -26,7 +26,7 @@ from afterclick.serving.engine import F32, Engine
 from afterclick.serving.index import SURVIVORS, TwoStageScanner
 from afterclick.serving.manifest import read_manifest
 from afterclick.serving.scanner import SCORES_MAX, USERS_MAX, Scanner
-from afterclick.serving.sessions import session_of
+from afterclick.serving.sessions import graph_of, session_of
 from benchmarks.report import machine, tell
 from tests.tiny_release import write_tiny_release
 
@@ -68,15 +68,13 @@ def all_scored(vectors: F32, q_BD: F32) -> Callable[[], None]:
     feed, constants = {"items": vectors}, []
     if vectors.nbytes < CONSTANT_MAX:
         feed, constants = {}, [numpy_helper.from_array(vectors, "items")]
-    graph = helper.make_graph(
+    graph = graph_of(
         [helper.make_node("Gemm", ["q", "items"], ["scores"], transB=1)],
-        "all",
         [info(name, TensorProto.FLOAT, [None, dim]) for name in ("q", *feed)],
         [info("scores", TensorProto.FLOAT, ["B", num_rows])],
         constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    session = session_of(model.SerializeToString(), "cpu", 1)
+    session = session_of(graph, "cpu", 1)
     size = max(2, min(USERS_MAX, SCORES_MAX // num_rows))
 
     def scan() -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 from llvmlite import ir
 from numba import types
@@ -26,7 +25,7 @@ from numba.extending import intrinsic
 from onnx import TensorProto, helper
 
 from afterclick.serving.compiled import compiled
-from afterclick.serving.sessions import session_of
+from afterclick.serving.sessions import graph_of, session_of
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -41,7 +40,7 @@ PAIRS_MAX = 1 << 20
 """Products at a time, 4 MiB: more leave the cache before they are read again."""
 
 USERS_MAX = 1 << 12
-"""Users at a time."""
+"""Users at a time; 16 bits number them."""
 
 COLUMNS = 8
 """At least so many columns of folded bounds for each result that is wanted."""
@@ -148,8 +147,7 @@ class Bounds:
         whole_BD, of_BP = _rounded(q_BD)
         edge_B = np.full(num_users, _LOWEST)
         crowded_B = np.zeros(num_users, np.bool_)
-        best_BK = np.zeros((num_users, 0), np.float32)
-        """Lower bounds, the lowest first."""
+        best_BK = np.zeros((num_users, 0), np.float32)  # lower bounds, the lowest first
         room = max(CROWD * k, CROWD_MIN)
         found: list[tuple[I64, I64, F32]] = []
         for begin, session, known, _ in self._blocks:
@@ -157,10 +155,10 @@ class Bounds:
             dot_BN = _products(session, whole_BD, num_rows)
             folds = num_rows // (COLUMNS * k)
             if folds > 1:
-                best_BW = _folded(dot_BN, of_BP, *known, num_rows // folds)
+                best_BW = _folded(dot_BN, of_BP, known, num_rows // folds)
                 best_BK = np.partition(np.hstack([best_BK, best_BW]), -k, axis=1)[:, -k:]
                 edge_B = best_BK[:, 0].copy()
-            found.append(_named(dot_BN, of_BP, *known, edge_B, begin, room, crowded_B))
+            found.append(_named(dot_BN, of_BP, known, edge_B, begin, room, crowded_B))
         fresh = sorted(row for block in self._blocks for row in block.fresh)
         if fresh:
             row_R = np.tile(np.array(fresh), num_users)
@@ -210,9 +208,8 @@ def _graph(whole_DN: npt.NDArray[np.int8]) -> bytes:
     """`q (B, D) -> dots (B, N)`, the rows a constant, queries counted from `ZERO`."""
     info, shape = helper.make_tensor_value_info, whole_DN.shape
     data = np.ascontiguousarray(whole_DN).tobytes()
-    graph = helper.make_graph(
+    return graph_of(
         [helper.make_node("MatMulInteger", ["q", "rows", "zero"], ["dots"])],
-        "bounds",
         [info("q", TensorProto.UINT8, ["B", shape[0]])],
         [info("dots", TensorProto.INT32, ["B", shape[1]])],
         [
@@ -220,10 +217,6 @@ def _graph(whole_DN: npt.NDArray[np.int8]) -> bytes:
             helper.make_tensor("zero", TensorProto.UINT8, [], [ZERO]),
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
-    whole: bytes = model.SerializeToString()
-    return whole
 
 
 _LOCAL = threading.local()
@@ -283,18 +276,11 @@ def _errors(of_P: F32, most_4: F32) -> tuple[np.float32, np.float32, np.float32]
 
 
 @compiled
-def _folded(
-    dot_BN: I32,
-    of_BP: F32,
-    step_N: F32,
-    bias_N: F32,
-    norm_N: F32,
-    most_4: F32,
-    width: int,
-) -> F32:
+def _folded(dot_BN: I32, of_BP: F32, known: _Known, width: int) -> F32:
     """(B, W) the highest lower bound of rows that are a multiple of W apart; rows behind the last
     whole multiple are left out.
     """
+    step_N, bias_N, norm_N, most_4 = known
     best_BW = np.full((len(dot_BN), width), _LOWEST, np.float32)
     for user in range(len(dot_BN)):
         per_step, last = of_BP[user, 0], of_BP[user, 1]
@@ -304,9 +290,8 @@ def _folded(
             dot_W, step_W = dot_BN[user, begin : begin + width], step_N[begin : begin + width]
             bias_W, norm_W = bias_N[begin : begin + width], norm_N[begin : begin + width]
             for at in range(width):
-                step = step_W[at]
-                about = np.float32(dot_W[at]) * (step * per_step) + bias_W[at] * last
-                lower = about - (of_norm * norm_W[at] + of_step * step + rest)
+                about = np.float32(dot_W[at]) * (step_W[at] * per_step) + bias_W[at] * last
+                lower = about - (of_norm * norm_W[at] + of_step * step_W[at] + rest)
                 best_W[at] = lower if lower > best_W[at] else best_W[at]
     return best_BW
 
@@ -367,16 +352,14 @@ _reached: Any = intrinsic(_code_of_reached)
 def _named(
     dot_BN: I32,
     of_BP: F32,
-    step_N: F32,
-    bias_N: F32,
-    norm_N: F32,
-    most_4: F32,
+    known: _Known,
     edge_B: F32,
     begin: int,
     room: int,
     crowded_B: Bools,
 ) -> tuple[I64, I64, F32]:
     """How many rows of each user have an upper bound that reaches the edge, which, and it."""
+    step_N, bias_N, norm_N, most_4 = known
     num_users, num_rows = dot_BN.shape
     size_B, row_R = np.zeros(num_users, np.int64), np.empty(num_users * room, np.int64)
     upper_R = np.empty(num_users * room, np.float32)

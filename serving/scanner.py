@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
@@ -21,7 +20,7 @@ from afterclick.serving.best import best_of_groups, best_rows
 from afterclick.serving.bounds import Bounds
 from afterclick.serving.dots import all_scores, scores_of
 from afterclick.serving.errors import ConfigError
-from afterclick.serving.sessions import choose_provider, session_of
+from afterclick.serving.sessions import choose_provider, graph_of, session_of
 from afterclick.serving.together import Together
 
 F32 = npt.NDArray[np.float32]
@@ -228,9 +227,8 @@ def scan_graph(dim: int, *, half: bool) -> bytes:
             helper.make_node("Cast", ["raw"], ["scores"], to=TensorProto.FLOAT),
         ]
     nodes.append(helper.make_node("TopK", ["scores", "k"], ["top_scores", "top_rows"]))
-    graph = helper.make_graph(
+    return graph_of(
         nodes,
-        "scan",
         [
             info("q", TensorProto.FLOAT, ["B", dim]),
             info("items", kind, ["N", dim]),
@@ -242,7 +240,3 @@ def scan_graph(dim: int, *, half: bool) -> bytes:
             info("top_rows", TensorProto.INT64, ["B", "K"]),
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.checker.check_model(model)
-    data: bytes = model.SerializeToString()
-    return data

@@ -6,7 +6,7 @@ Knows no engine, nor what a graph is for.
 import ctypes
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,20 @@ def choose_provider(wanted: str) -> Provider:
         )
     log.info("engine: running on the CPU (%s)", reason)
     return "cpu"
+
+
+def graph_of(
+    nodes: Sequence[Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    constants: Sequence[Any] = (),
+) -> bytes:
+    """A graph of our own, checked, as `session_of` takes it."""
+    graph = helper.make_graph(nodes, "afterclick", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def session_of(
@@ -123,17 +137,13 @@ def _why_no_cuda() -> str | None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     info = helper.make_tensor_value_info
-    graph = helper.make_graph(
+    graph = graph_of(
         [helper.make_node("MatMul", ["a", "b"], ["c"])],
-        "try",
         [info("a", TensorProto.FLOAT, [2, 2]), info("b", TensorProto.FLOAT, [2, 2])],
         [info("c", TensorProto.FLOAT, [2, 2])],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     try:
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=[provider_of("cuda")]
-        )
+        session = ort.InferenceSession(graph, options, providers=[provider_of("cuda")])
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's own kinds
         return f"a session on it failed: {error}"
     if "CUDAExecutionProvider" not in session.get_providers():
