@@ -92,6 +92,8 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         nothing = _drain_rival(stage, "do-nothing", failures)
         naive = _drain_rival(stage, "naive", failures)
         _check_naive(stage, clicks, failures)
+        _say("floor of an idle stream's latency: a consumer that does nothing")
+        hop = latency.hop(stage, "hop", rate=IDLE_RATE, seconds=2 * options.seconds)
         _say("worker with a blend: drain")
         blended = stage.blended()
         drain = _drain(blended)
@@ -155,9 +157,11 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             "end_to_end_of_do_nothing": round(rate.clicks_per_s / nothing.clicks_per_s, 3),
             "end_to_end_of_naive": round(rate.clicks_per_s / naive.clicks_per_s, 3),
             "blend_of_plain": round(blend_rate.clicks_per_s / rate.clicks_per_s, 3),
+            "idle_p50_of_hop": round(idle["p50"] / hop["p50"], 3),
         },
         "latency_ms": loaded,
         "idle_latency_ms": idle,
+        "hop_ms": hop,
         "latency_ms_by_share": ladder,
         "swap_latency_ms": swapped,
         "timed_clicks": {

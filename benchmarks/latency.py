@@ -1,28 +1,36 @@
 """Click to list under open load: a process that sends on schedule, one that watches lists in Redis.
 
-`python -m benchmarks.latency send|watch` reads its task as JSON from the environment variable
-LATENCY; both make the same schedule from its seed. A click's latency runs from the moment it was
+Beside it the floor: how long a click takes to a consumer that does nothing (`hop`).
+
+`python -m benchmarks.latency send|watch|hear` reads its task as JSON from the environment variable
+LATENCY; all make the same schedule from its seed. A click's latency runs from the moment it was
 *due*, not from when it was sent, to the moment the watcher had read a list that answers it: a
 sender or a worker that stalls therefore shows in every click behind it (no coordinated omission).
 """
 
+import asyncio
+import contextlib
+import itertools
 import os
 import re
 import socket
 import sys
 import time
+import zlib
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import aiokafka
 import hiredis
 import msgspec
 import numpy as np
 from kafka import KafkaProducer
 
 from afterclick.serving.keys import Keys, partition_of
-from afterclick.streams.admin import client_config
+from afterclick.streams.admin import client_config, create_topics
 from afterclick.streams.events import Click, encode
 from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings
@@ -37,6 +45,10 @@ LINGER_MS = 2
 """How long the sender gathers clicks before it sends them (Kafka 4's own clients take 5). It counts
 in every latency, which runs from when a click was due. One request a click would load the cores
 that are measured more than a deployment's producers do, which are many and elsewhere.
+"""
+WATCHED_A_S = 1_000
+"""Clicks a second whose lists are looked for, at most; at higher rates those of some of the users,
+drawn by their names. To look at all of them at 6,000 clicks/s took as much CPU as to fold them.
 """
 LOOKS_AT_HEADS = 20
 """One look in so many reads every list that is waited for."""
@@ -65,6 +77,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     namespace: str
     out: str
+    watched: float = 1.0
+    """Share of the users whose lists are looked for."""
+
+    def is_watched(self, user_id: str) -> bool:
+        """Whether the user's lists are."""
+        return zlib.crc32(user_id.encode()) < self.watched * 2**32
 
 
 class Schedule:
@@ -151,11 +169,14 @@ def watch(task: Task) -> None:
             break
         new = set()
         while upcoming < num and schedule.due_ns[upcoming] <= now_ns:
-            new.add(schedule.clicks[upcoming].user_id)
-            pending.setdefault(schedule.clicks[upcoming].user_id, deque()).append(upcoming)
+            user = schedule.clicks[upcoming].user_id
+            if task.is_watched(user):
+                new.add(user)
+                pending.setdefault(user, deque()).append(upcoming)
             upcoming += 1
         if not pending:
-            time.sleep(min(POLL_S, max(0.0, (schedule.due_ns[upcoming] - now_ns) / 1e9)))
+            next_ns = schedule.due_ns[upcoming] if upcoming < num else now_ns
+            time.sleep(min(POLL_S, max(0.0, (next_ns - now_ns) / 1e9)))
             continue
         polls += 1
         connection.sendall(look)
@@ -191,6 +212,59 @@ def watch(task: Task) -> None:
     Path(task.out, f"{task.name}-watch.json").write_bytes(msgspec.json.encode(result))
 
 
+async def hear(task: Task) -> dict[str, int]:
+    """Read the clicks as a worker's consumer does, by the same client with the same wait; when each
+    was there, by `partition-offset`.
+    """
+    topic, schedule = task.streams.clicks_topic, Schedule(task)
+    heard_ns: dict[str, int] = {}
+    consumer = aiokafka.AIOKafkaConsumer(
+        bootstrap_servers=task.streams.broker,
+        fetch_max_wait_ms=task.streams.fetch_wait_ms,
+        isolation_level="read_committed",
+    )
+    await consumer.start()
+    try:
+        tps = [aiokafka.TopicPartition(topic, at) for at in range(task.options.partitions)]
+        consumer.assign(tps)
+        await consumer.seek_to_end(*tps)
+        until_ns = schedule.due_ns[-1] + int(DRAIN_S * 1e9)
+        while len(heard_ns) < len(schedule.clicks) and time.monotonic_ns() < until_ns:
+            found = await consumer.getmany(timeout_ms=500)
+            now_ns = time.monotonic_ns()
+            for record in itertools.chain.from_iterable(found.values()):
+                heard_ns.setdefault(f"{record.partition}-{record.offset}", now_ns)
+    finally:
+        await consumer.stop()
+    return heard_ns
+
+
+def hop(stage: Ground, name: str, *, rate: float, seconds: float) -> dict[str, Any]:
+    """Milliseconds from when a click was due to when a consumer that does nothing has it: what no
+    worker can be below. In a topic of its own.
+    """
+    streams = msgspec.structs.replace(stage.streams, clicks_topic=f"clicks-{name}")
+    create_topics(streams, partitions=stage.options.partitions, replication=1)
+    stage = stage._replace(streams=streams)
+    task = _task(stage, name, rate=rate, seconds=seconds, linger_ms=0)
+    with _running(stage, task, ("hear", "send")) as processes:
+        _wait_for(processes, task)
+    sent, heard_ns = (
+        msgspec.json.decode((stage.folder / f"{name}-{role}.json").read_bytes())
+        for role in ("send", "hear")
+    )
+    places = zip(sent["partition"], sent["offset"], strict=True)
+    seen_ns = [heard_ns.get(f"{partition}-{offset}", 0) for partition, offset in places]
+    due_ns = np.array(Schedule(task).due_ns)
+    counted = due_ns >= task.start_ns + int(task.warm_up_s * 1e9)
+    if not all(seen_ns):
+        raise RuntimeError(f"{name}: {seen_ns.count(0)} of {len(seen_ns)} clicks were not heard")
+    return {
+        "clicks": int(counted.sum()),
+        **_percentiles((np.array(seen_ns) - due_ns)[counted] / 1e6),
+    }
+
+
 def measure(
     stage: Ground,
     name: str,
@@ -203,54 +277,72 @@ def measure(
     """Latencies in milliseconds at a rate, what shows that they can be trusted, and what a click
     cost in CPU: of the two processes here, of the servers, and of the worker where it is given.
     """
-    start_ns = time.monotonic_ns() + int(START_IN_S * 1e9)
-    task = Task(
+    task = _task(stage, name, rate=rate, seconds=seconds, linger_ms=linger_ms)
+    others = {**stage.servers, **({"worker": worker} if worker else {})}
+    counted_from_ns = task.start_ns + int(task.warm_up_s * 1e9)
+    with _running(stage, task, ("watch", "send")) as processes:
+        _wait_until(counted_from_ns)
+        before_s = {role: cpu_s(process.pid) for role, process in others.items()}
+        _wait_until(counted_from_ns + int(seconds * 1e9))
+        took_us = {
+            role: (cpu_s(process.pid) - before_s[role]) * 1e6 for role, process in others.items()
+        }
+        _wait_for(processes, task)
+    sent, seen = (
+        msgspec.json.decode((stage.folder / f"{name}-{role}.json").read_bytes())
+        for role in ("send", "watch")
+    )
+    schedule = Schedule(task)
+    found = summary(
+        schedule.due_ns, sent, seen, rate=rate, counted_from_ns=counted_from_ns,
+        watched=[task.is_watched(click.user_id) for click in schedule.clicks],
+    )  # fmt: skip
+    for role, us in took_us.items():
+        found["cpu_us_a_click"][role] = round(us / (rate * seconds), 1)
+    return found
+
+
+def _task(stage: Ground, name: str, *, rate: float, seconds: float, linger_ms: int) -> Task:
+    return Task(
         options=stage.options,
         name=name,
         rate=rate,
         warm_up_s=stage.options.latency_warm_up_s,
         seconds=seconds,
         linger_ms=linger_ms,
-        start_ns=start_ns,
+        start_ns=time.monotonic_ns() + int(START_IN_S * 1e9),
         start_ms=time.time_ns() // 1_000_000 + int(START_IN_S * 1000),
         streams=stage.streams,
         redis=stage.serving.redis,
         namespace=stage.serving.namespace,
         out=str(stage.folder),
+        watched=min(1.0, WATCHED_A_S / rate),
     )
+
+
+@contextlib.contextmanager
+def _running(stage: Ground, task: Task, roles: Sequence[str]) -> Iterator[list[Process]]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LATENCY": msgspec.json.encode(task).decode()}
     processes = [
         Process(
             f"latency {role}",
             [sys.executable, "-m", "benchmarks.latency", role],
-            log=stage.folder / f"{name}-{role}.log",
+            log=stage.folder / f"{task.name}-{role}.log",
             env=env,
         ).start()
-        for role in ("watch", "send")
+        for role in roles
     ]
-    others = {**stage.servers, **({"worker": worker} if worker else {})}
     try:
-        _wait_until(start_ns + int(task.warm_up_s * 1e9))
-        before_s = {role: cpu_s(process.pid) for role, process in others.items()}
-        _wait_until(start_ns + int((task.warm_up_s + seconds) * 1e9))
-        took_us = {
-            role: (cpu_s(process.pid) - before_s[role]) * 1e6 for role, process in others.items()
-        }
-        for process in processes:
-            if process.wait(START_IN_S + task.warm_up_s + seconds + DRAIN_S + 60) != 0:
-                raise RuntimeError(f"{process.name}: failed; it said:\n{process.tail()}")
+        yield processes
     finally:
         for process in processes:
             process.kill()
-    sent, seen = (
-        msgspec.json.decode((stage.folder / f"{name}-{role}.json").read_bytes())
-        for role in ("send", "watch")
-    )
-    counted_from_ns = start_ns + int(task.warm_up_s * 1e9)
-    found = summary(Schedule(task).due_ns, sent, seen, rate=rate, counted_from_ns=counted_from_ns)
-    for role, us in took_us.items():
-        found["cpu_us_a_click"][role] = round(us / (rate * seconds), 1)
-    return found
+
+
+def _wait_for(processes: Sequence[Process], task: Task) -> None:
+    for process in processes:
+        if process.wait(START_IN_S + task.warm_up_s + task.seconds + DRAIN_S + 60) != 0:
+            raise RuntimeError(f"{process.name}: failed; it said:\n{process.tail()}")
 
 
 def _wait_until(at_ns: int) -> None:
@@ -264,25 +356,25 @@ def summary(
     *,
     rate: float,
     counted_from_ns: int = 0,
+    watched: list[bool] | None = None,
 ) -> dict[str, Any]:
-    """Percentiles over every click due from `counted_from_ns` on; one never seen is infinite."""
+    """Percentiles over every click due from `counted_from_ns` on whose list was looked for; one
+    never seen is infinite.
+    """
     due_ns, seen_ns = np.array(due), np.array(seen["seen_ns"])
-    counted = due_ns >= counted_from_ns
+    looked_for = np.ones(len(due_ns), np.bool_) if watched is None else np.array(watched)
+    counted = (due_ns >= counted_from_ns) & looked_for
     ms = np.where(seen_ns > 0, (seen_ns - due_ns) / 1e6, np.inf)[counted]
-    lag_ms = ((np.array(sent["sent_ns"]) - due_ns) / 1e6)[counted]
+    lag_ms = ((np.array(sent["sent_ns"]) - due_ns) / 1e6)[due_ns >= counted_from_ns]
     # A list's offset must not be below its click's: else it did not answer it.
     wrong = int(((seen_ns > 0) & (np.array(seen["offset"]) < np.array(sent["offset"]))).sum())
-    # `higher`: never a value between two measurements, nor below the share it names.
-    found = {
-        name: float(np.percentile(ms, q, method="higher"))
-        for name, q in (("p50", 50), ("p90", 90), ("p99", 99), ("p99_9", 99.9), ("max", 100))
-    }
     return {
-        **{name: round(value, 2) if np.isfinite(value) else None for name, value in found.items()},
+        **_percentiles(ms),
         "clicks": len(ms),
         "sent": len(due_ns),
         "rate": round(rate, 1),
-        "unseen": int((seen_ns == 0).sum()),
+        "unseen": int((looked_for & (seen_ns == 0)).sum()),
+        "watched": int(looked_for.sum()),
         "wrong_offset": wrong,
         "sender_lag_p99": round(float(np.percentile(lag_ms, 99)), 2),
         "sender_late_start": sent["late_start_ns"] > 0,
@@ -293,6 +385,15 @@ def summary(
         },
         "histogram": histogram(ms),
     }
+
+
+def _percentiles(ms: np.ndarray) -> dict[str, float | None]:
+    # `higher`: never a value between two measurements, nor below the share it names.
+    found = {
+        name: float(np.percentile(ms, q, method="higher"))
+        for name, q in (("p50", 50), ("p90", 90), ("p99", 99), ("p99_9", 99.9), ("max", 100))
+    }
+    return {name: round(value, 2) if np.isfinite(value) else None for name, value in found.items()}
 
 
 EDGES_MS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 2000, 5000)
@@ -320,9 +421,13 @@ def _take(connection: socket.socket, answers: hiredis.Reader, num: int) -> list[
 
 
 def main(role: str) -> None:
-    """Run one of the two processes."""
+    """Run one of the processes."""
     task = msgspec.json.decode(os.environ["LATENCY"], type=Task)
-    {"send": send, "watch": watch}[role](task)
+    if role == "hear":
+        heard_ns = asyncio.run(hear(task))
+        Path(task.out, f"{task.name}-hear.json").write_bytes(msgspec.json.encode(heard_ns))
+    else:
+        {"send": send, "watch": watch}[role](task)
 
 
 if __name__ == "__main__":

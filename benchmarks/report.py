@@ -65,12 +65,15 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
         "| click → list, ms | clicks/s | p50 | p90 | p99 | p99.9 | max | clicks |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    rows = [("idle", result["idle_latency_ms"])]
+    idle = result["idle_latency_ms"]
+    hop = {"rate": idle["rate"], **result["hop_ms"]}
+    rows = [("click → a consumer that does nothing", hop), ("idle", idle)]
     rows += [(f"{share} of it", found) for share, found in result["latency_ms_by_share"].items()]
     rows.append(("half of the maximum", result["latency_ms"]))
     for words, found in rows:
         cells = " | ".join(f"{found[q]}" for q in ("rate", "p50", "p90", "p99", "p99_9", "max"))
         lines.append(f"| {words} | {cells} | {found['clicks']} |")
+    lines += ["", f"idle p50 ÷ that of a consumer that does nothing: {ratio('idle_p50_of_hop')}"]
     lines += ["", f"sender behind its schedule, p99: {result['latency_ms']['sender_lag_p99']} ms"]
     checks = result["failures"] or ["every click applied exactly once; every list verified"]
     return [*lines, "", *(f"- {words}" for words in checks)]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -87,6 +88,21 @@ def test_a_list_older_than_its_click_is_counted_as_wrong() -> None:
     due, sent, seen = sent_and_seen([1.0] * 3)
     seen["offset"] = [0, 0, 2]
     assert summary(due, sent, seen, rate=1.0)["wrong_offset"] == 1
+
+
+def test_what_nobody_looked_for_is_neither_unseen_nor_counted() -> None:
+    """At high rates the lists of some users are looked for; another's click says nothing."""
+    due, sent, seen = sent_and_seen([1.0, None, 3.0, None])
+    found = summary(due, sent, seen, rate=1.0, watched=[True, False, True, True])
+    assert (found["clicks"], found["watched"], found["unseen"], found["p50"]) == (3, 3, 1, 3.0)
+
+
+def test_the_watched_are_a_share_of_the_users() -> None:
+    """Drawn by name, so all clicks of one user are looked for, or none."""
+    users = [f"u{at}" for at in range(10_000)]
+    assert all(some_task().is_watched(user) for user in users)
+    some = msgspec.structs.replace(some_task(), watched=0.2)
+    assert 1_800 < sum(some.is_watched(user) for user in users) < 2_200
 
 
 def test_warm_up_clicks_are_awaited_and_not_counted() -> None:
