@@ -555,6 +555,7 @@ def run_worker(
         ConfigError: topics, Redis or the namespace's partition count are not as needed.
         UnavailableError: Kafka or Redis did not answer within `start_timeout_s`.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     choose_provider(serving.provider)
     for library in ("kafka", "aiokafka", "mode", "faust"):
         # Their INFO is a line per connection. Both Kafka clients' DEBUG is every request they send,
