@@ -28,6 +28,8 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     """Of numbers in the time column: `auto` is ms for a name that ends in `_ms` and where all are
     too large for seconds, else seconds.
     """
+    names: tuple[str, ...] = ()
+    """Of a CSV file without a header: its columns in order. Empty: the first line has them."""
     skip_incomplete: bool = False
     """Leave out rows that lack a user or an item, and say how many; else the first one is an error.
     """
@@ -67,6 +69,12 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
         help="unit of numbers; auto: ms for a column named *_ms or numbers too large for s",
     )
     group.add_argument(
+        "--columns",
+        default="",
+        metavar="NAME,…",
+        help="the file has no header; its columns are these, in order",
+    )
+    group.add_argument(
         "--skip-incomplete",
         action="store_true",
         help="leave out rows without a user or an item, and say how many",
@@ -82,6 +90,7 @@ def click_columns(options: argparse.Namespace) -> ClickColumns:
         event=options.event_column,
         event_id=options.event_id_column,
         time_unit=options.time_unit,
+        names=tuple(filter(None, (name.strip() for name in options.columns.split(",")))),
         skip_incomplete=options.skip_incomplete,
     )
 

@@ -38,14 +38,32 @@ __all__ = [
     "read_items",
 ]
 
-USER_NAMES = ("user_id", "session_id", "user", "session", "visitor_id", "customer_id")
-ITEM_NAMES = ("item_id", "item", "product_id", "article_id", "news_id", "movie_id", "track_id")
-TIME_NAMES = ("timestamp_ms", "timestamp", "time_ms", "time", "event_time", "ts")
+USER_NAMES = (
+    *("user_id", "session_id", "user", "session", "visitor_id", "customer_id"),
+    *("reviewer_id", "member_id", "client_id", "user_session"),
+)
+ITEM_NAMES = (
+    *("item_id", "item", "product_id", "article_id", "news_id", "movie_id", "track_id"),
+    *("asin", "video_id", "book_id", "artist_id", "content_id"),
+)
+TIME_NAMES = (
+    *("timestamp_ms", "timestamp", "time_ms", "time", "event_time", "ts"),
+    *("datetime", "created_at", "event_date", "date"),
+)
+EVENT_NAMES = ("event", "event_type")
 PUBLISHED_NAMES = ("published_ms", "published_at")
 CATEGORY_NAMES = ("categories", "genres")
 """Usual names, the first that a file has; letters' case, `_` and a `:type` at the end do not count:
 public data sets write `SessionId` and `user_id:token`.
 """
+
+MISSING = ("", "NA", "NaN", "nan", "NULL", "null", "None", "\\N")
+"""How CSV files write that a row has no user or no item: taken for an id, everybody without one
+would be one user.
+"""
+
+CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".inter")
+"""The last is RecBole's."""
 
 ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
 """Letters, as `events.Click` has it: longer ones would be dead letters later."""
@@ -88,21 +106,25 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
         ContractError: a value is not what its column promises; names file, row and value.
     """
     columns = columns or ClickColumns()
-    names = _names(path)
+    found = _names(path)
+    names = list(columns.names) or found
     user = _pick(path, names, columns.user, USER_NAMES, "--user-column", required=True)
     item = _pick(path, names, columns.item, ITEM_NAMES, "--item-column", required=True)
     time = _pick(path, names, columns.time, TIME_NAMES, "--time-column")
-    event = _pick(path, names, columns.event, ("event",), "--event-column")
+    event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
-    table = _read(path, [name for name in (user, item, time, event, event_id) if name])
+    wanted = [name for name in (user, item, time, event, event_id) if name]
+    table = _read(path, wanted, columns.names)
     event_N = _short(path, table, event, EVENT_LENGTH_MAX)
     event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
     id_N = _short(path, table, event_id, EVENT_ID_LENGTH_MAX)
     no_item_N = pc.is_in(event_N, value_set=pa.array(sorted(NO_ITEM_EVENTS)))
     may_lack_N = pa.repeat(columns.skip_incomplete, table.num_rows)
+    others = [name for name in names if name != user and _plain(name) in map(_plain, USER_NAMES)]
+    hint = "an id" if not others else f"an id (or --user-column {others[0]})"
     clicks = pa.table(
         [
-            _ids(path, table, user, may_lack_N=may_lack_N),
+            _ids(path, table, user, may_lack_N=may_lack_N, expected=hint),
             _ids(path, table, item, may_lack_N=pc.or_(no_item_N, may_lack_N)),
             _times(path, table, time, columns.time_unit) if time else _nulls(table, pa.int64()),
             event_N,
@@ -156,14 +178,15 @@ def _kind(path: Path) -> str:
     if suffixes and suffixes[-1] in (".gz", ".bz2", ".zst", ".lz4"):
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
-    if last in (".csv", ".tsv"):
+    if last in CSV_SUFFIXES:
         return "csv"
     if last in (".parquet", ".pq"):
         return "parquet"
     if last in (".jsonl", ".ndjson", ".json"):
         return "json"
     raise ConfigError(
-        f"{path}: expected a file named *.csv, *.tsv, *.jsonl (each also .gz) or *.parquet"
+        f"{path}: expected a file named {', '.join('*' + suffix for suffix in CSV_SUFFIXES)}, "
+        "*.jsonl (each also .gz) or *.parquet"
     )
 
 
@@ -190,8 +213,11 @@ def _names(path: Path) -> list[str]:
         raise _unreadable(path, error) from error
 
 
-def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+def _read(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -> pa.Table:
+    """The columns; `header` names all of a CSV file that has no header."""
     kind = _kind(path)
+    if header and kind != "csv":
+        raise ConfigError(f"{path}: --columns is for CSV files without a header, this is {kind}")
     try:
         if kind == "parquet":
             import pyarrow.parquet as pq
@@ -202,7 +228,10 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
         import pyarrow.csv as pacsv
 
         with pa.input_stream(str(path), compression="detect") as stream:
-            return pacsv.read_csv(stream, **_csv_options(path, columns)).combine_chunks()
+            options = _csv_options(path, columns)
+            if header:
+                options["read_options"] = pacsv.ReadOptions(column_names=list(header))
+            return pacsv.read_csv(stream, **options).combine_chunks()
     except (pa.ArrowInvalid, OSError, EOFError) as error:
         raise _unreadable(path, error) from error
 
@@ -257,7 +286,8 @@ def _pick(
     if given or required:
         wanted = given or " or ".join(usual)
         raise ConfigError(
-            f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}"
+            f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}, "
+            "or all by --columns where the file has no header"
         )
     return ""
 
@@ -280,14 +310,23 @@ def _text(path: Path, table: pa.Table, name: str) -> pa.Array:
     return column
 
 
-def _ids(path: Path, table: pa.Table, name: str, may_lack_N: pa.Array | None = None) -> pa.Array:
+def _ids(
+    path: Path,
+    table: pa.Table,
+    name: str,
+    may_lack_N: pa.Array | None = None,
+    expected: str = "an id",
+) -> pa.Array:
+    """Text of a column, empty where a row has none and may lack it."""
     ids_N = pc.fill_null(_text(path, table, name), "")
-    lacks_N = pc.equal(ids_N, "")
+    missing = MISSING if _kind(path) == "csv" else MISSING[:1]
+    absent_N = pc.is_in(ids_N, value_set=pa.array(missing))
+    refused_N = absent_N if may_lack_N is None else pc.and_(absent_N, pc.invert(may_lack_N))
     if may_lack_N is not None:
-        lacks_N = pc.and_(lacks_N, pc.invert(may_lack_N))
-    _refuse(path, name, "an id", ids_N, lacks_N)
+        expected += "; --skip-incomplete leaves such rows out"
+    _refuse(path, name, expected, ids_N, refused_N)
     _refuse_long(path, name, ids_N, ID_LENGTH_MAX)
-    return ids_N
+    return pc.if_else(absent_N, "", ids_N)
 
 
 def _complete(path: Path, clicks: pa.Table, no_item_N: pa.Array) -> pa.Table:
@@ -346,6 +385,7 @@ def _all_too_late(column: pa.Array) -> bool:
 
 def _parsed(path: Path, name: str, text_N: pa.Array) -> pa.Array:
     text_N = pc.if_else(pc.equal(text_N, ""), None, text_N)
+    text_N = pc.replace_substring_regex(text_N, " UTC$", "Z")
     for kind in (pa.int64(), pa.float64(), pa.timestamp("ms"), pa.timestamp("ms", "UTC")):
         try:
             return text_N.cast(kind)

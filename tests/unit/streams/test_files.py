@@ -95,6 +95,8 @@ def test_whole_number_ids_become_text(tmp_path):
         ("timestamp_ms", "1592337718", "s", 1592337718000),
         ("timestamp", "2010-12-01 08:26:00", "auto", 1291191960000),
         ("timestamp", "2010-12-01T08:26:00Z", "auto", 1291191960000),
+        ("event_time", "2010-12-01 08:26:00 UTC", "auto", 1291191960000),
+        ("eventdate", "2010-12-01", "auto", 1291161600000),
         ("timestamp", "", "auto", None),
     ],
 )
@@ -194,11 +196,57 @@ def test_a_bad_row_is_named(text, message, tmp_path):
 def test_incomplete_rows_may_be_left_out_and_are_counted(tmp_path, caplog):
     """A shop's till has no customer for every sale; nobody is told less than how many there are."""
     path = write(tmp_path / "a.csv", "user_id,item_id,event\nu,a,\n,b,\nv,,\nw,,visit\nx,c,\n")
-    with pytest.raises(ContractError, match="row 2, column user_id: expected an id, got ''"):
+    with pytest.raises(ContractError, match=r"row 2, column user_id: expected an id; .*got ''"):
         read_clicks(path)
     table = read_clicks(path, ClickColumns(skip_incomplete=True))
     assert table["user_id"].to_pylist() == ["u", "w", "x"]
     assert "left out 2 of 5 rows, which lack a user or an item; the first is row 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        # GRU4Rec's own files, RecBole's, shops' logs of REES46.
+        ("a.txt", "SessionId\tItemId\tTime\ns\ti\t1400000000.5\n", ""),
+        ("a.inter", "user_id:token\titem_id:token\ttimestamp:float\ns\ti\t1400000000.5\n", ""),
+        ("a.csv", "event_time,event_type,product_id,user_id\n"
+         "2014-05-13 16:53:20.5 UTC,click,i,s\n", ""),
+        # Without a header: YooChoose, Amazon's ratings, Gowalla.
+        ("a.dat", "s,2014-05-13T16:53:20.500Z,i,0\n", "session,time,item,category"),
+        ("a.csv", "s,i,5.0,1400000000.5\n", "user_id,item_id,rating,timestamp"),
+        ("a.txt.gz", "s\t2014-05-13T16:53:20.5Z\t30.2\ti\n", "user, time, lat, item"),
+    ],
+)  # fmt: skip
+def test_public_logs_are_read_as_they_come(name, text, columns, tmp_path):
+    """Whoever tries us on a log of his own, or on a known one, edits no file first."""
+    parser = argparse.ArgumentParser()
+    add_click_columns(parser)
+    options = parser.parse_args(["--columns", columns] if columns else [])
+
+    clicks = read_clicks(write(tmp_path / name, text), click_columns(options)).to_pylist()
+
+    assert [(r["user_id"], r["item_id"], r["timestamp_ms"], r["event"]) for r in clicks] == [
+        ("s", "i", 1400000000500, "click")
+    ]
+
+
+def test_a_user_of_whom_nothing_is_known_is_none(tmp_path):
+    """Diginetica writes `NA` for most users: as an id they would be one user with half the log."""
+    path = write(tmp_path / "a.csv", "sessionId;userId;itemId\n1;NA;a\n1;7;b\n")
+    wanted = "row 1, column userId: expected an id .or --user-column sessionId.*got 'NA'"
+    with pytest.raises(ContractError, match=wanted):
+        read_clicks(path)
+    by_session = read_clicks(path, ClickColumns(user="sessionId"))
+    assert by_session["user_id"].to_pylist() == ["1", "1"]
+    known = read_clicks(path, ClickColumns(skip_incomplete=True))
+    assert known["user_id"].to_pylist() == ["7"]
+
+
+def test_only_csv_files_lack_a_header(tmp_path):
+    """Parquet and JSON name their columns themselves."""
+    path = write(tmp_path / "a.jsonl", '{"user_id": "u", "item_id": "i"}\n')
+    with pytest.raises(ConfigError, match="--columns is for CSV files"):
+        read_clicks(path, ClickColumns(names=("user_id", "item_id")))
 
 
 @needs_data
