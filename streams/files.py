@@ -209,7 +209,7 @@ def _names(path: Path) -> list[str]:
             pacsv.open_csv(stream, **_csv_options(path, None)) as reader,
         ):
             return list(reader.schema.names)
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
+    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -232,7 +232,7 @@ def _read(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -> pa.
             if header:
                 options["read_options"] = pacsv.ReadOptions(column_names=list(header))
             return pacsv.read_csv(stream, **options).combine_chunks()
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
+    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -274,6 +274,11 @@ def _metrics(
 ) -> dict[str, dict[str, float]]:
     """Rates on the validation part; empty without one."""
     if data.held is None:
+        if data.everything.num_sequences < 2:
+            log.warning(
+                "all clicks belong to one user, so nothing can be held out and nothing measured; "
+                "are users told apart (--user-column)?"
+            )
         return {}
     baselines = evaluate_baselines(
         data.train, data.held, len(data.item_ids), history=serving.history

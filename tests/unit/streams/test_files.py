@@ -193,6 +193,15 @@ def test_a_bad_row_is_named(text, message, tmp_path):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("text", [b"session,item,titl\xe9\n1,a,x\n", b"session,item\n1,caf\xe9\n"])
+def test_a_file_in_another_encoding_is_named(text, tmp_path):
+    """Spreadsheets write Latin-1; the header in it ended in a traceback."""
+    path = tmp_path / "log.csv"
+    path.write_bytes(text)
+    with pytest.raises(ContractError, match=r"cannot be read as csv: .*(utf-8|UTF8)"):
+        read_clicks(path)
+
+
 def test_incomplete_rows_may_be_left_out_and_are_counted(tmp_path, caplog):
     """A shop's till has no customer for every sale; nobody is told less than how many there are."""
     path = write(tmp_path / "a.csv", "user_id,item_id,event\nu,a,\n,b,\nv,,\nw,,visit\nx,c,\n")

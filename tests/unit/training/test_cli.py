@@ -72,6 +72,20 @@ def test_files_become_a_published_release(files: Path, capsys: pytest.CaptureFix
     assert manifest["num_items"] == 41
 
 
+def test_a_log_of_one_user_is_told_apart_from_a_good_one(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong user column gave a release without a figure, and no word."""
+    lines = (files / "clicks.csv").read_text().splitlines()
+    same = [line.partition(",")[2] for line in lines[1:]]
+    text = "\n".join(["user_id,item_id,timestamp_ms", *(f"u,{rest}" for rest in same)])
+    (files / "one.csv").write_text(text)
+    for name, told in (("clicks", False), ("one", True)):
+        caplog.clear()
+        assert train(["--no-publish", "--clicks", str(files / f"{name}.csv"), *SMALL]) == 0
+        assert ("all clicks belong to one user" in caplog.text) == told
+
+
 def test_without_publishing_the_current_release_stays(files: Path) -> None:
     """The release is there to be looked at, no worker takes it."""
     clicks = ["--clicks", str(files / "clicks.csv"), "--progress", "none", "--no-publish"]
