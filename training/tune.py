@@ -162,9 +162,11 @@ def tune(
         return max(blend.judged[row][metric] for row in served)
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        value = "" if trial.value is None else f" {metric} {100 * trial.value:.2f}"
+        complete = trial.state == TrialState.COMPLETE
+        # A pruned trial's value is what it was pruned by: the model's hit rate where a blend counts.
+        value = f" {metric} {100 * trial.value:.2f}" if complete and trial.value is not None else ""
         tell(f"trial {trial.number}: {trial.state.name.lower()}{value} {trial.params}")
-        if trial.state == TrialState.COMPLETE:
+        if complete:
             _write_best(folder / BEST_NAME, study, base, metric, command)
 
     left = trials - len(_finished(study))

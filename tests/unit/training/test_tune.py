@@ -78,16 +78,18 @@ def test_a_study_that_was_cut_off_goes_on(source: Source, tmp_path: Path) -> Non
 
 
 def test_hopeless_trials_are_given_up_early(source: Source, tmp_path: Path) -> None:
-    """After an epoch below the median of five others."""
+    """After an epoch below the median of five others; what was judged then is not the metric."""
     space: Space = {"dropout": [0.0, 0.02, 0.04, 0.06, 0.08], "clip": [1.0, 1e-9]}
     base = small(epochs=3, blend="off")
-    study(source, tmp_path, base, space=space, trials=10)
+    told: list[str] = []
+    study(source, tmp_path, base, space=space, trials=10, tell=told.append)
 
     pruned = [
         trial for trial in trials_of(tmp_path) if trial.state == optuna.trial.TrialState.PRUNED
     ]
     assert pruned
     assert all(len(trial.intermediate_values) < base.epochs for trial in pruned)
+    assert {"mrr_20" in line for line in told if "pruned" in line} == {False}
 
 
 def test_schedules_are_compared_at_the_same_share(source: Source, tmp_path: Path) -> None:
