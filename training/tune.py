@@ -163,7 +163,7 @@ def tune(
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         complete = trial.state == TrialState.COMPLETE
-        # A pruned trial's value is what it was pruned by: the model's hit rate where a blend counts.
+        # A pruned trial's value is what it was pruned by: where a blend counts, the model's hits.
         value = f" {metric} {100 * trial.value:.2f}" if complete and trial.value is not None else ""
         tell(f"trial {trial.number}: {trial.state.name.lower()}{value} {trial.params}")
         if complete:
