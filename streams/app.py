@@ -464,8 +464,9 @@ class Worker:
 
 
 class _App(faust.App):
-    """A Faust app whose consumer delivers chunks."""
+    """A Faust app whose consumer delivers chunks, and whose stop has a hard end."""
 
+    stop_timeout_s = 10.0
     first: tuple[Callable[[], Awaitable[None]], ...] = ()
     """Run from the start on; Faust begins its tasks only once the group was joined."""
 
@@ -474,6 +475,16 @@ class _App(faust.App):
         await super().on_start()
         for task in self.first:
             self.add_future(task())
+
+    async def stop(self) -> None:
+        """Stop, or end the process: after a crash Faust now and then waits for its own consumer
+        for ever.
+        """
+        end = _end_after(self.stop_timeout_s, lambda: int(self.crashed))
+        try:
+            await super().stop()
+        finally:
+            end.cancel()
 
     def _new_transport(self) -> Any:
         return ChunkTransport(self.conf.broker_consumer, self, loop=self.loop)
@@ -534,6 +545,7 @@ def build_app(worker: Worker) -> faust.App:
     app.on_partitions_assigned.connect(cast(Any, on_assigned), weak=False)
     app.on_partitions_revoked.connect(cast(Any, on_revoked), weak=False)
     app.first = worker.prepare, worker.heartbeat
+    app.stop_timeout_s = streams.stop_timeout_s
     for task in (
         worker.watch_ingestion,
         worker.renew_fallback,
@@ -591,15 +603,21 @@ class _Runner(faust.Worker):
         self._stop_timeout_s = stop_timeout_s
 
     def _schedule_shutdown(self, signal: Any) -> None:
-        timer = threading.Timer(self._stop_timeout_s, _give_up, [self._stop_timeout_s])
-        timer.daemon = True
-        timer.start()
+        _end_after(self._stop_timeout_s, lambda: 0)
         super()._schedule_shutdown(signal)
 
 
-def _give_up(timeout_s: float) -> None:
-    log.warning(
-        "not stopped after %.0f s; ending: the heads in Redis say how far we came", timeout_s
-    )
-    sys.stderr.flush()
-    os._exit(0)
+def _end_after(timeout_s: float, exit_code: Callable[[], int]) -> threading.Timer:
+    """End the process in a while, unless the timer is cancelled."""
+
+    def give_up() -> None:
+        log.warning(
+            "not stopped after %.0f s; ending: the heads in Redis say how far we came", timeout_s
+        )
+        sys.stderr.flush()
+        os._exit(exit_code())
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -83,6 +83,11 @@ def test_a_missing_topic_is_named_with_its_command(settings: StreamsSettings) ->
     create_topics(settings, partitions=1, replication=1)
     with closing(KafkaAdminClient(**client_config(settings))) as admin:
         admin.delete_topics([f"{settings.clicks_topic}.dlq"])
+        # Kafka answers before every broker has forgotten it.
+        until_s = time.monotonic() + 10
+        while f"{settings.clicks_topic}.dlq" in admin.list_topics():
+            assert time.monotonic() < until_s, "a deleted topic stays"
+            time.sleep(0.05)
 
     with pytest.raises(ConfigError, match=rf"no topic '{settings.clicks_topic}\.dlq'"):
         check_topics(settings)

@@ -36,5 +36,7 @@ def test_the_last_line_holds_every_promised_field() -> None:
         "end_to_end_of_do_nothing",
         "end_to_end_of_naive",
         "blend_of_plain",
+        "idle_p50_of_hop",
     }
+    assert 0 < result["hop_ms"]["p50"] < result["idle_latency_ms"]["p50"]
     assert result["failures"] == []
