@@ -130,7 +130,7 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """How long a worker waits for Kafka and Redis at start before it gives up."""
 
     stop_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
-    """Longest graceful stop; leaving without a commit is safe."""
+    """Longest graceful stop, after a crash, too; leaving without a commit is safe."""
 
     session_timeout_s: Annotated[float, Meta(ge=6)] = 10.0
     """Silence after which Kafka takes a worker's partitions away; brokers refuse less than 6."""
