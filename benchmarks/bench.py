@@ -26,6 +26,7 @@ from benchmarks.ground import ROOT, Ground, Options, backlog, fill, ground
 from benchmarks.report import machine, table, write_report
 
 QUICK = {
+    "broker": "tansu",
     "users": 2_000,
     "clicks": 3_000,
     "warm_up": 500,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [
         *table(result, runs),
         "",
-        *swap.table(result["latency_ms_by_share"][SWAP_SHARE], result["swap_latency_ms"]),
+        *swap.table(result["latency_ms_by_share"][f"{SWAP_SHARE:g}"], result["swap_latency_ms"]),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     if report:
@@ -69,12 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if result["failures"] else 0
 
 
-LIVE_SHARES = (0.0625, 0.125, 0.25)
-"""Live loads below half of the maximum, as shares of it: on two cores the sender, the broker and
-the watcher take so much that half of what a drain reaches may not be sustained live.
+WARM_SHARE = 0.25
+"""Live load before anything live is timed: a broker of some seconds' age compiles its code beside
+the worker and takes ten times as long a click as later.
 """
-SWAP_SHARE = f"{LIVE_SHARES[0]:g}"
-"""The load beside which releases are swapped; measured as long in peace just before."""
+LIVE_SHARES = (0.25, 0.125, 0.0625)
+"""Live loads below half of the maximum, as shares of it."""
+SWAP_SHARE = LIVE_SHARES[-1]
+"""The load beside which releases are swapped; measured as long in peace just before, and after all
+others, since a swap leaves records to rebuild.
+"""
 SWAPS = 2
 """Publications while it lasts. Each makes all users' lists anew, some five seconds of CPU at 20,000
 users: one every two seconds would be another load than the one in peace.
@@ -106,35 +111,35 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         with local_worker(stage.worker_env, folder) as worker:
             rate = drain.result()
             _count(stage, failures)
-            _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; latency, idle")
-            idle = latency.measure(
-                stage, "idle", rate=IDLE_RATE, seconds=2 * options.seconds, linger_ms=0,
-                worker=worker.process,
-            )  # fmt: skip
-            ladder, swapped = {}, {}
-            for share in LIVE_SHARES:
-                live = rate.clicks_per_s * share
-                _say(f"latency at {live:.0f} clicks/s")
-                whole = f"{share:g}" == SWAP_SHARE
-                seconds = options.seconds / (1 if whole else 2)
-                ladder[f"{share:g}"] = latency.measure(
-                    stage, f"live-{share:g}", rate=live, seconds=seconds, worker=worker.process
+            _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; live load that warms the broker up")
+
+            def live(name: str, clicks_per_s: float, seconds: float, **more: Any) -> dict[str, Any]:
+                _say(f"latency, {name}: {clicks_per_s:.0f} clicks/s")
+                return latency.measure(
+                    stage, name, rate=clicks_per_s, seconds=seconds, worker=worker.process, **more
                 )
-                if whole:
-                    _say("the same, releases swapped meanwhile")
-                    swapped = swap.with_swaps(
-                        stage, worker, rate=live, seconds=seconds, every_s=seconds / SWAPS
-                    )
-            half = rate.clicks_per_s / 2
-            _say(f"latency at {half:.0f} clicks/s")
-            loaded = latency.measure(
-                stage, "half", rate=half, seconds=options.seconds, worker=worker.process
-            )
+
+            whole, part = options.seconds, options.seconds / 2
+            warm = live("warm", rate.clicks_per_s * WARM_SHARE, 3 * whole)
+            idle = live("idle", IDLE_RATE, 2 * whole, linger_ms=0)
+            loaded = live("half", rate.clicks_per_s / 2, whole)
+            ladder = {
+                f"{share:g}": live(
+                    f"live-{share:g}", rate.clicks_per_s * share,
+                    whole if share == SWAP_SHARE else part,
+                )
+                for share in LIVE_SHARES
+            }  # fmt: skip
+            _say("the last once more, releases swapped meanwhile")
+            swapped = swap.with_swaps(
+                stage, worker, rate=rate.clicks_per_s * SWAP_SHARE, seconds=whole,
+                every_s=whole / SWAPS,
+            )  # fmt: skip
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")
             if not worker.process.running:
                 failures.append(f"worker: ended: {worker.process.tail()}")
-        timed = {"idle": idle, "half load": loaded, "swaps": swapped, **ladder}
+        timed = {"warm": warm, "idle": idle, "half load": loaded, "swaps": swapped, **ladder}
         for name, found in timed.items():
             if found["unseen"] or found["wrong_offset"]:
                 failures.append(
@@ -162,7 +167,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         "latency_ms": loaded,
         "idle_latency_ms": idle,
         "hop_ms": hop,
-        "latency_ms_by_share": ladder,
+        "latency_ms_by_share": dict(sorted(ladder.items())),
         "swap_latency_ms": swapped,
         "timed_clicks": {
             "end_to_end": rate.clicks, "blend": blend_rate.clicks,
@@ -296,7 +301,9 @@ def _parse(argv: Sequence[str]) -> tuple[Options, int, bool, str]:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seconds", type=float, help="of each latency measurement")
     parser.add_argument("--runs", type=int, default=1, help="median and spread of several")
-    parser.add_argument("--broker", choices=("tansu", "kafka"))
+    parser.add_argument(
+        "--broker", choices=("kafka", "tansu"), help="kafka; with --quick tansu, as tests use it"
+    )
     parser.add_argument("--quick", action="store_true", help="some seconds; proves the harness")
     parser.add_argument("--report", action="store_true", help="write it to benchmarks/results/")
     parser.add_argument("--machine", default="", help="name in the report; made up otherwise")

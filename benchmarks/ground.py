@@ -56,7 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Longest drain that is timed; the naive app does not reach the end of the backlog."""
     ceiling_seconds: float = 4.0
     seed: int = 7
-    broker: str = "tansu"
+    broker: str = "kafka"
     worker_env: dict[str, str] = {}
     quick: bool = False
 

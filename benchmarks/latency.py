@@ -10,6 +10,7 @@ sender or a worker that stalls therefore shows in every click behind it (no coor
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -46,6 +47,8 @@ LINGER_MS = 2
 in every latency, which runs from when a click was due. One request a click would load the cores
 that are measured more than a deployment's producers do, which are many and elsewhere.
 """
+TICK_NS = 1_000_000
+"""The sender wakes no oftener than that and sends what is due by then."""
 WATCHED_A_S = 1_000
 """Clicks a second whose lists are looked for, at most; at higher rates those of some of the users,
 drawn by their names. To look at all of them at 6,000 clicks/s took as much CPU as to fold them.
@@ -121,10 +124,12 @@ def send(task: Task) -> None:
     sent_ns, futures = [], []
     late_start_ns = time.monotonic_ns() - task.start_ns
     cpu_before_s = time.process_time()
+    woke_ns = 0
     for due_ns, (key, value) in zip(schedule.due_ns, encoded, strict=True):
-        wait_ns = due_ns - time.monotonic_ns()
-        if wait_ns > 0:
-            time.sleep(wait_ns / 1e9)
+        now_ns = time.monotonic_ns()
+        if due_ns > now_ns:
+            time.sleep((max(due_ns, woke_ns + TICK_NS) - now_ns) / 1e9)
+            woke_ns = time.monotonic_ns()
         sent_ns.append(time.monotonic_ns())
         futures.append(producer.send(topic, key=key, value=value))
     producer.flush(timeout=60)
@@ -249,10 +254,7 @@ def hop(stage: Ground, name: str, *, rate: float, seconds: float) -> dict[str, A
     task = _task(stage, name, rate=rate, seconds=seconds, linger_ms=0)
     with _running(stage, task, ("hear", "send")) as processes:
         _wait_for(processes, task)
-    sent, heard_ns = (
-        msgspec.json.decode((stage.folder / f"{name}-{role}.json").read_bytes())
-        for role in ("send", "hear")
-    )
+    sent, heard_ns = _told(task, "send", "hear")
     places = zip(sent["partition"], sent["offset"], strict=True)
     seen_ns = [heard_ns.get(f"{partition}-{offset}", 0) for partition, offset in places]
     due_ns = np.array(Schedule(task).due_ns)
@@ -288,10 +290,7 @@ def measure(
             role: (cpu_s(process.pid) - before_s[role]) * 1e6 for role, process in others.items()
         }
         _wait_for(processes, task)
-    sent, seen = (
-        msgspec.json.decode((stage.folder / f"{name}-{role}.json").read_bytes())
-        for role in ("send", "watch")
-    )
+    sent, seen = _told(task, "send", "watch")
     schedule = Schedule(task)
     found = summary(
         schedule.due_ns, sent, seen, rate=rate, counted_from_ns=counted_from_ns,
@@ -343,6 +342,12 @@ def _wait_for(processes: Sequence[Process], task: Task) -> None:
     for process in processes:
         if process.wait(START_IN_S + task.warm_up_s + task.seconds + DRAIN_S + 60) != 0:
             raise RuntimeError(f"{process.name}: failed; it said:\n{process.tail()}")
+
+
+def _told(task: Task, *roles: str) -> Iterator[dict[str, Any]]:
+    """What each of a task's processes wrote at its end."""
+    for role in roles:
+        yield msgspec.json.decode(Path(task.out, f"{task.name}-{role}.json").read_bytes())
 
 
 def _wait_until(at_ns: int) -> None:
@@ -422,6 +427,7 @@ def _take(connection: socket.socket, answers: hiredis.Reader, num: int) -> list[
 
 def main(role: str) -> None:
     """Run one of the processes."""
+    gc.disable()  # a collection of all that a schedule holds stalls a process for some 50 ms
     task = msgspec.json.decode(os.environ["LATENCY"], type=Task)
     if role == "hear":
         heard_ns = asyncio.run(hear(task))

@@ -353,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scan", action="append", default=[], type=_scan, metavar="ITEMS=US",
         help="another catalogue's scan, µs a user, from benchmarks.catalogues",
     )  # fmt: skip
-    parser.add_argument("--broker", choices=("tansu", "kafka"), default="tansu")
+    parser.add_argument("--broker", choices=("kafka", "tansu"), default="kafka")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--report", action="store_true", help="write it to benchmarks/results/")
     return parser
