@@ -87,7 +87,7 @@ class ChunkConsumer(Consumer):
     fetch_wait_ms = 20
     """Longest time the broker holds an empty fetch."""
 
-    fetch_rest_ms = 5
+    fetch_rest_ms = 10
     """Pause after a fetch that brought records."""
 
     prepared: asyncio.Event | None = None

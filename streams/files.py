@@ -65,6 +65,8 @@ would be one user.
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".inter")
 """The last is RecBole's."""
 
+OR_ALL = ", or all by --columns where the file has no header"
+
 ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
 """Letters, as `events.Click` has it: longer ones would be dead letters later."""
 
@@ -108,8 +110,8 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
     columns = columns or ClickColumns()
     found = _names(path)
     names = list(columns.names) or found
-    user = _pick(path, names, columns.user, USER_NAMES, "--user-column", required=True)
-    item = _pick(path, names, columns.item, ITEM_NAMES, "--item-column", required=True)
+    user = _pick(path, names, columns.user, USER_NAMES, f"--user-column{OR_ALL}", required=True)
+    item = _pick(path, names, columns.item, ITEM_NAMES, f"--item-column{OR_ALL}", required=True)
     time = _pick(path, names, columns.time, TIME_NAMES, "--time-column")
     event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
@@ -286,8 +288,7 @@ def _pick(
     if given or required:
         wanted = given or " or ".join(usual)
         raise ConfigError(
-            f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}, "
-            "or all by --columns where the file has no header"
+            f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}"
         )
     return ""
 

@@ -12,6 +12,7 @@ calls of their own, grouped by length: one user with 50 steps among 255 with one
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -188,8 +189,9 @@ class _Way:
         self.added: dict[int, dict[str, int]] = {}
         self.counts = dict.fromkeys(Counts._fields, 0)
 
+    @cached_property
     def moved(self) -> list[_Draft]:
-        """Whoever did more than repeat himself."""
+        """Whoever did more than repeat himself, once all events are in."""
         return [
             draft for draft in self.drafts.values() if draft.changed or draft.listed_at is not None
         ]
@@ -229,7 +231,7 @@ def fold(parts: Sequence[Part], *, release: Release | None, catalog: Catalog) ->
     ways = [_way(part, catalog, rank=release is None) for part in parts]
     if release is not None:
         _rebuild(ways, release)
-        _advance([draft for way in ways for draft in way.moved()], release)
+        _advance([draft for way in ways for draft in way.moved], release)
     return _finish(ways, release)
 
 
@@ -344,7 +346,7 @@ def _way(part: Part, catalog: Catalog, *, rank: bool) -> _Way:
     counts["unknown_items"] = sum(draft.unknown for draft in drafts.values())
     way.added = _count(part.events, drafts, part.inputs, part.popularity, catalog, rank=rank)
     if not rank:
-        counts["steps"] = sum(len(draft.steps) for draft in way.moved())
+        counts["steps"] = sum(len(draft.steps) for draft in way.moved)
     return way
 
 
@@ -431,7 +433,7 @@ def _rebuild(ways: Sequence[_Way], release: Release) -> None:
     pasts: list[tuple[_Draft, list[Step]]] = []
     for way in ways:
         before, publication = list(way.inputs.publication_items), way.inputs.publication
-        for draft in way.moved():
+        for draft in way.moved:
             if draft.publication == publication:
                 continue  # of this release, or forgotten or reset within this chunk
             past: list[Step] = []

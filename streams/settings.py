@@ -95,7 +95,7 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     says; the local broker `tansu` looks for new records about four times within it.
     """
 
-    fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 5
+    fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 10
     """Pause after a fetch that brought clicks: those that come within it are fetched and folded
     together. A click after a longer silence waits for nobody.
     """

@@ -276,6 +276,10 @@ def test_a_missing_column_names_those_there_are(tmp_path):
 
     with pytest.raises(ConfigError, match=r"user_id or .*, found Who, item_id.*--user-col"):
         read_clicks(path)
+    with pytest.raises(
+        ConfigError, match=r"item_id or .*, found Wer; name it by --items-id-col\w+$"
+    ):
+        read_items(write(tmp_path / "items.csv", "Wer\ni\n"))  # has no --columns
     with pytest.raises(ConfigError, match="expected a column Wer"):
         read_clicks(path, ClickColumns(user="Wer"))
     with pytest.raises(ConfigError, match="no such file"):
