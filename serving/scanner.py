@@ -89,7 +89,7 @@ class Scanner:
             )
         self._half = precision == "fp16"
         self._matrix = scan_vectors_ND
-        self._together = Together(self._top_of_all)
+        self._together = Together(_tops)  # not a method of self: nothing may wait for the collector
         self._session: ort.InferenceSession | None = None
         self._bound: ort.OrtValue | None = None
         self._bounds: Bounds | None = None
@@ -133,17 +133,7 @@ class Scanner:
         k = min(k, self.num_rows)
         if len(q_BD) >= SHARED_USERS_MAX:
             return self._top(q_BD, k)
-        return self._together.ask((q_BD, k))
-
-    def _top_of_all(self, asked: Sequence[tuple[F32, int]]) -> list[tuple[F32, I64]]:
-        """One scan for everybody who asks by now: reading the matrix is what a small scan costs."""
-        q_BD = np.concatenate([own_BD for own_BD, _ in asked])
-        scores_BK, rows_BK = self._top(q_BD, max(k for _, k in asked))
-        ends = np.cumsum([len(own_BD) for own_BD, _ in asked]).tolist()
-        return [
-            (scores_BK[end - len(own_BD) : end, :k], rows_BK[end - len(own_BD) : end, :k])
-            for (own_BD, k), end in zip(asked, ends, strict=True)
-        ]
+        return self._together.ask((self, q_BD, k))
 
     def look(self, q_BD: F32, k: int) -> Look:
         """`top`, and beside it the scores of whatever rows are named then."""
@@ -211,6 +201,18 @@ class Scanner:
             bound = ort.OrtValue.ortvalue_from_numpy(matrix, self.provider, 0)
             self._bound = bound
         return bound
+
+
+def _tops(asked: Sequence[tuple[Scanner, F32, int]]) -> list[tuple[F32, I64]]:
+    """One scan for everybody who asks by now: reading the matrix is what a small scan costs."""
+    scanner = asked[0][0]
+    q_BD = np.concatenate([own_BD for _, own_BD, _ in asked])
+    scores_BK, rows_BK = scanner._top(q_BD, max(k for _, _, k in asked))
+    ends = np.cumsum([len(own_BD) for _, own_BD, _ in asked]).tolist()
+    return [
+        (scores_BK[end - len(own_BD) : end, :k], rows_BK[end - len(own_BD) : end, :k])
+        for (_, own_BD, k), end in zip(asked, ends, strict=True)
+    ]
 
 
 def scan_graph(dim: int, *, half: bool) -> bytes:

@@ -11,9 +11,11 @@ Knows no partition, Redis record or Faust.
 """
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from afterclick.serving.catalog import Catalog
@@ -204,7 +206,8 @@ class Runtime:
             return
         self._journal = []
         try:
-            loaded, absorber = await asyncio.to_thread(self._load, publication)
+            with long_lived():
+                loaded, absorber = await asyncio.to_thread(self._load, publication)
             async with self.gate.alone():
                 self._take(loaded.catalog, self._journal)
                 loaded.refresh()
@@ -297,3 +300,18 @@ def read_items(
         if begin < stop:
             # Markers may follow the last record: the catalogue stands at the end all the same.
             yield ItemRecord(partition, stop - 1, None)
+
+
+@contextmanager
+def long_lived() -> Iterator[None]:
+    """What is made meanwhile is no garbage: keep the collector from it, now and later.
+
+    To look for cycles among all that a release holds took it 40 to 110 ms at 20,000 items, while no
+    thread ran. What is referred to by nobody goes as ever; cycles made meanwhile would stay.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
