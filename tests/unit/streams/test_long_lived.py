@@ -1,6 +1,7 @@
 """What a worker loads is kept from the garbage collector, which would stop all threads for it."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -31,3 +32,22 @@ def test_what_failed_to_load_is_collected_as_ever() -> None:
         raise ValueError("broken")
     assert gc.get_freeze_count() == frozen
     assert gc.isenabled()
+
+
+def test_cycles_do_not_pile_up_for_ever() -> None:
+    """Each release leaves some; after years of swaps they would be gigabytes."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    try:
+        with long_lived():
+            left = weakref.ref(Cycle())
+        gc.collect()
+        assert left() is not None, "what long_lived(look=True) is for"
+        with long_lived(look=True):
+            pass
+        assert left() is None
+    finally:
+        gc.unfreeze()
