@@ -8,7 +8,6 @@ life-cycle.
 """
 
 import asyncio
-import gc
 import itertools
 import logging
 import os
@@ -52,7 +51,7 @@ from afterclick.streams.record import DeadLetter, LogEdges, record_crc
 from afterclick.streams.renewal import Basis, Renewal
 from afterclick.streams.repeats import keep_back_repeats
 from afterclick.streams.rounds import Rounds
-from afterclick.streams.runtime import Runtime, UnavailableChange
+from afterclick.streams.runtime import Runtime, UnavailableChange, settle
 from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.watchdog import Look, Watchdog
@@ -140,8 +139,7 @@ class Worker:
     async def prepare(self) -> None:
         """Get ready to fold; the group is joined then."""
         await self.runtime.start()
-        gc.collect()
-        gc.freeze()  # what start-up made lives for ever: later collections need not look at it
+        settle()  # what start-up made lives for ever
         self.prepared.set()
 
     async def watch_releases(self) -> None:

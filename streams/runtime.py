@@ -321,8 +321,15 @@ def long_lived(*, look: bool = False) -> Iterator[None]:
     try:
         yield
         if look:
-            gc.unfreeze()
-            gc.collect()
-        gc.freeze()
+            settle()
+        else:
+            gc.freeze()
     finally:
         gc.enable()
+
+
+def settle() -> None:
+    """Let the collector look at everything once more, and then never again at what is left."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
