@@ -31,6 +31,7 @@ QUICK = {
     "clicks": 3_000,
     "warm_up": 500,
     "partitions": 2,
+    "processes": 2,
     "seconds": 1.5,
     "latency_warm_up_s": 0.5,
     "rival_seconds": 2.0,
@@ -106,7 +107,13 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             blend_rate = drain.result()
             _count(blended, failures)
         _verify(blended, options.clicks, failures)
-        _say(f"worker with a blend: {blend_rate.clicks_per_s:.0f} clicks/s; worker: drain")
+        _say(f"worker with a blend: {blend_rate.clicks_per_s:.0f} clicks/s; one process: drain")
+        alone = stage.in_one_process()
+        drain = _drain(alone)
+        with local_worker(alone.worker_env, folder):
+            alone_rate = drain.result()
+            _count(alone, failures)
+        _say(f"one process: {alone_rate.clicks_per_s:.0f} clicks/s; worker: drain")
         drain = _drain(stage)
         with local_worker(stage.worker_env, folder) as worker:
             rate = drain.result()
@@ -150,7 +157,9 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         sent = sum(found["sent"] for found in timed.values())
         _verify(stage, options.clicks + sent, failures)
     return {
+        "processes": options.processes,
         "clicks_per_s": round(rate.clicks_per_s, 1),
+        "one_process_clicks_per_s": round(alone_rate.clicks_per_s, 1),
         "blend_clicks_per_s": round(blend_rate.clicks_per_s, 1),
         "engine_clicks_per_s": round(engine.clicks_per_s, 1),
         "matmul_clicks_per_s": round(matmul.clicks_per_s, 1),
@@ -161,6 +170,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             "engine_of_matmul": round(engine.clicks_per_s / matmul.clicks_per_s, 3),
             "end_to_end_of_do_nothing": round(rate.clicks_per_s / nothing.clicks_per_s, 3),
             "end_to_end_of_naive": round(rate.clicks_per_s / naive.clicks_per_s, 3),
+            "end_to_end_of_one_process": round(rate.clicks_per_s / alone_rate.clicks_per_s, 3),
             "blend_of_plain": round(blend_rate.clicks_per_s / rate.clicks_per_s, 3),
             "idle_p50_of_hop": round(idle["p50"] / hop["p50"], 3),
         },
@@ -170,7 +180,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         "latency_ms_by_share": dict(sorted(ladder.items())),
         "swap_latency_ms": swapped,
         "timed_clicks": {
-            "end_to_end": rate.clicks, "blend": blend_rate.clicks,
+            "end_to_end": rate.clicks, "one_process": alone_rate.clicks, "blend": blend_rate.clicks,
             "do_nothing": nothing.clicks, "naive": naive.clicks,
         },
         "layouts": {"engine": engine.layout, "matmul": matmul.layout},
@@ -196,7 +206,7 @@ def _count(stage: Ground, failures: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _rival(stage: Ground, name: str) -> Iterator[rivals.Task]:
+def _rival(stage: Ground, name: str, processes: int) -> Iterator[rivals.Task]:
     task = rivals.Task(
         broker=stage.streams.broker,
         topic=stage.streams.clicks_topic,
@@ -205,36 +215,47 @@ def _rival(stage: Ground, name: str) -> Iterator[rivals.Task]:
         release=str(stage.release_folder),
         k=stage.serving.k + stage.serving.margin,
     )
-    process = Process(
-        f"rival {name}",
-        [sys.executable, "-m", "benchmarks.rivals", name],
-        log=stage.folder / f"rival-{name}.log",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RIVAL": msgspec.json.encode(task).decode()},
-    )
-    process.start()
+    running = [
+        Process(
+            f"rival {name} {at + 1} of {processes}",
+            [sys.executable, "-m", "benchmarks.rivals", name],
+            log=stage.folder / f"rival-{name}-{at}.log",
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "RIVAL": msgspec.json.encode(task).decode(),
+            },
+        ).start()
+        for at in range(processes)
+    ]  # fmt: skip
     try:
         yield task
     except RuntimeError as error:
-        raise RuntimeError(f"{process.name}: {error}; it said:\n{process.tail()}") from error
+        said = "\n".join(f"{process.name} said:\n{process.tail()}" for process in running)
+        raise RuntimeError(f"rival {name}: {error}; {said}") from error
     finally:
-        process.kill()  # a graceful stop would wait for its commits; nothing of it is needed
+        for process in running:
+            process.kill()  # a graceful stop would wait for its commits; nothing of it is needed
 
 
 def _drain_rival(stage: Ground, name: str, failures: list[str]) -> Rate:
     options = stage.options
     # The naive app needs some seconds for what others warm up with.
     warm_up = options.warm_up if name == "do-nothing" else options.warm_up // 10
-    with _rival(stage, name) as task:
+    # The naive app's states are in its memory: none may move to another process.
+    processes = options.processes if name == "do-nothing" else 1
+
+    def taken() -> int:
+        return sum(int(offset) for offset in stage.redis.hvals(key))
+
+    with _rival(stage, name, processes) as task:
         key = task.done_key(name)
         rate = Drain(
-            lambda: int(stage.redis.get(key) or 0),
+            taken,
             total=options.clicks,
             warm_up=warm_up,
             limit_s=options.rival_seconds,
         ).result()
-    taken = int(stage.redis.get(key) or 0)
-    if taken > options.clicks or (rate.complete and taken != options.clicks):
-        failures.append(f"{name}: took {taken} of {options.clicks} clicks")
+    if taken() > options.clicks or (rate.complete and taken() != options.clicks):
+        failures.append(f"{name}: took {taken()} of {options.clicks} clicks")
     return rate
 
 
@@ -300,6 +321,7 @@ def _parse(argv: Sequence[str]) -> tuple[Options, int, bool, str]:
     for name in sizes:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seconds", type=float, help="of each latency measurement")
+    parser.add_argument("--processes", type=int, help="of worker and do-nothing agent; one a core")
     parser.add_argument("--runs", type=int, default=1, help="median and spread of several")
     parser.add_argument(
         "--broker", choices=("kafka", "tansu"), help="kafka; with --quick tansu, as tests use it"
@@ -311,8 +333,9 @@ def _parse(argv: Sequence[str]) -> tuple[Options, int, bool, str]:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the worker"
     )
     given = parser.parse_args(argv)
-    chosen = {"quick": given.quick, **(QUICK if given.quick else {})}
-    for name in (*sizes, "seconds", "broker"):
+    chosen: dict[str, Any] = {"quick": given.quick, "processes": os.cpu_count() or 1}
+    chosen |= QUICK if given.quick else {}
+    for name in (*sizes, "processes", "seconds", "broker"):
         if getattr(given, name) is not None:
             chosen[name] = getattr(given, name)
     chosen["worker_env"] = dict(pair.split("=", 1) for pair in given.set)

@@ -56,6 +56,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Longest drain that is timed; the naive app does not reach the end of the backlog."""
     ceiling_seconds: float = 4.0
     seed: int = 7
+    processes: int = 1
+    """Of the worker, and of the rivals that can have several."""
     broker: str = "kafka"
     worker_env: dict[str, str] = {}
     quick: bool = False
@@ -75,22 +77,27 @@ class Ground(NamedTuple):
     servers: dict[str, Process]
     """`broker` and `redis`."""
 
-    def blended(self) -> "Ground":
-        """The same clicks for a worker whose release has a blend, in a namespace of its own."""
-        serving = msgspec.structs.replace(
-            self.serving,
-            namespace=f"{NAMESPACE}-blend",
-            releases=str(self.folder / "releases-blend"),
-        )
+    def apart(self, name: str) -> "Ground":
+        """The same clicks for another worker, in a namespace of its own."""
         streams = msgspec.structs.replace(
-            self.streams, group="afterclick-blend", signals_topic="signals-blend"
+            self.streams, group=f"afterclick-{name}", signals_topic=f"signals-{name}"
         )
         create_topics(streams, partitions=self.options.partitions, replication=1)
+        serving = msgspec.structs.replace(self.serving, namespace=f"{NAMESPACE}-{name}")
+        return self._replace(serving=serving, streams=streams, keys=Keys(serving.namespace))
+
+    def blended(self) -> "Ground":
+        """The same, and its release has a blend."""
+        stage = self.apart("blend")
+        releases = str(self.folder / "releases-blend")
+        serving = msgspec.structs.replace(stage.serving, releases=releases)
         publication, folder = _release(serving, self.options, blend=True)
-        return self._replace(
-            serving=serving, streams=streams, publication=publication, release_folder=folder,
-            keys=Keys(serving.namespace),
-        )  # fmt: skip
+        return stage._replace(serving=serving, publication=publication, release_folder=folder)
+
+    def in_one_process(self) -> "Ground":
+        """The same clicks for a worker of one process."""
+        options = msgspec.structs.replace(self.options, processes=1)
+        return self.apart("one")._replace(options=options)
 
     def load(self, *, threads: int) -> LoadedRelease:
         """The release, for this process."""
@@ -103,6 +110,7 @@ class Ground(NamedTuple):
         return {
             "AFTERCLICK_STREAMS__BROKER": self.streams.broker,
             "AFTERCLICK_STREAMS__GROUP": self.streams.group,
+            "AFTERCLICK_STREAMS__PROCESSES": str(self.options.processes),
             "AFTERCLICK_STREAMS__SIGNALS_TOPIC": self.streams.signals_topic,
             "AFTERCLICK_SERVING__REDIS": self.serving.redis,
             "AFTERCLICK_SERVING__RELEASES": self.serving.releases,
@@ -191,9 +199,14 @@ def metrics_of(port: int) -> dict[str, float]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has taken, all of its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds that a process has taken, all of its threads and its children that run."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(stat.parent.name) == pid or int(fields[1]) == pid:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def item_ids(options: Options, rng: np.random.Generator, num: int) -> list[str]:

@@ -53,12 +53,16 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
         "|---|---|---|",
         f"| bare ONNX matrix product | {rate('matmul_clicks_per_s')} | |",
         f"| engine alone | {rate('engine_clicks_per_s')} | {ratio('end_to_end_of_engine')} |",
-        f"| **end to end** | **{rate('clicks_per_s')}** | |",
+        f"| **end to end, {result['processes']} processes** | **{rate('clicks_per_s')}** | |",
+        f"| the same, one process | {rate('one_process_clicks_per_s')} "
+        f"| {ratio('end_to_end_of_one_process')} |",
         f"| the same, with a blend | {rate('blend_clicks_per_s')} "
         f"| blend ÷ none: **{ratio('blend_of_plain')}** |",
-        f"| do-nothing Faust agent | {rate('do_nothing_agent_clicks_per_s')} "
+        f"| do-nothing Faust agent, {result['processes']} processes "
+        f"| {rate('do_nothing_agent_clicks_per_s')} "
         f"| {ratio('end_to_end_of_do_nothing')} |",
-        f"| naive app | {rate('naive_clicks_per_s')} | {ratio('end_to_end_of_naive')} |",
+        f"| naive app, one process | {rate('naive_clicks_per_s')} "
+        f"| {ratio('end_to_end_of_naive')} |",
         "",
         f"engine ÷ matrix product: {ratio('engine_of_matmul')}",
         "",

@@ -145,8 +145,10 @@ def _add_release(stage: Ground, name: str, *, seed: int) -> None:
 
 
 def _counters(worker: Worker) -> dict[str, float]:
-    told = metrics_of(worker.port)
-    return {name: told[f"afterclick_{name}"] for name in COUNTERS}
+    """Of all processes together; but a release that all swap in is one swap."""
+    told = [metrics_of(port) for port in worker.ports]
+    sums = {name: sum(one[f"afterclick_{name}"] for one in told) for name in COUNTERS}
+    return {**sums, "swaps_total": told[0]["afterclick_swaps_total"]}
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from afterclick.streams.repeats import keep_back_repeats
 from afterclick.streams.rounds import Rounds
 from afterclick.streams.runtime import Runtime, UnavailableChange, settle
 from afterclick.streams.security import broker_credentials
-from afterclick.streams.settings import StreamsSettings
+from afterclick.streams.settings import StreamsSettings, fold_threads
 from afterclick.streams.watchdog import Look, Watchdog
 
 SUMMARY_ITEMS = 500
@@ -115,7 +115,7 @@ class Worker:
         self._joined = False
         self.prepared = asyncio.Event()
         self.app = build_app(self)
-        num_threads = streams.fold_threads or (os.cpu_count() or 1) + 1
+        num_threads = fold_threads(streams, os.cpu_count() or 1)
         # One more for idle checks and openings, which must not wait behind long folds.
         threads = ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold")
         self._shared = Shared(

@@ -35,13 +35,24 @@ def worker(argv: Sequence[str]) -> int:
     """Turn clicks into lists until stopped: the Faust worker."""
     parser = argparse.ArgumentParser(prog="afterclick worker", description=worker.__doc__)
     parser.add_argument("--port", type=int, help="port of /livez, /readyz, /metrics; 0 takes any")
+    parser.add_argument("--processes", type=_positive, help="workers to run here; one a core (1)")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     options = parser.parse_args(argv)
     serving, streams = _settings()
+    if options.processes is not None:
+        streams = msgspec.structs.replace(streams, processes=options.processes)
     if options.port is not None:
-        if not 0 <= options.port <= 65535:
-            raise ConfigError(f"--port: expected 0 to 65535, got {options.port}")
         streams = msgspec.structs.replace(streams, port=options.port)
+    if not 0 <= streams.port <= 65536 - streams.processes:
+        raise ConfigError(
+            f"--port: expected 0 to {65536 - streams.processes}, since each process takes one, "
+            f"got {streams.port}"
+        )
+    if streams.processes > 1:
+        from afterclick.streams.local import afterclick_argv
+        from afterclick.streams.supervisor import supervise
+
+        return supervise(streams, afterclick_argv("worker", "--log-level", options.log_level))
 
     from afterclick.streams.app import run_worker
 

@@ -35,8 +35,8 @@ STOP_TIMEOUT_S = 15.0
 class Trainer:
     """`afterclick train` or `schedule` as a process, and the lines it writes."""
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
+    def __init__(self, process: Process, log: Path) -> None:
+        self._process, self._log = process, log
         self._read = 0
         self._part = b""
         self.status = "starting"
@@ -59,9 +59,9 @@ class Trainer:
 
     def poll(self) -> list[dict[str, Any]]:
         """Lines of progress since the last call."""
-        if not self._process.log.exists():
+        if not self._log.exists():
             return []
-        with self._process.log.open("rb") as file:
+        with self._log.open("rb") as file:
             file.seek(self._read)
             fresh = file.read()
         self._read += len(fresh)
@@ -113,14 +113,10 @@ def running_trainer(
         argv = [nice, "-n", "10", *argv]
     own = {k: v for k, v in os.environ.items() if not k.startswith("AFTERCLICK_")}
     own["AFTERCLICK_TRAINING__BLEND_EVENTS_MAX"] = BLEND_EVENTS_MAX
-    process = Process(
-        f"afterclick {verb}",
-        argv,
-        log=folder / f"{verb}.log",
-        env={**own, **env},
-    )
+    log = folder / f"{verb}.log"
+    process = Process(f"afterclick {verb}", argv, log=log, env={**own, **env})
     try:
         process.start()
-        yield Trainer(process)
+        yield Trainer(process, log)
     finally:
         process.terminate(STOP_TIMEOUT_S)

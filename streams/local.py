@@ -100,7 +100,12 @@ class Redis(Server):
 
 
 class Worker(Server):
-    """A running `afterclick worker`; `url` leads to /livez, /readyz and /metrics."""
+    """A running `afterclick worker`; `url` leads to /livez, /readyz and /metrics, of its first
+    process where it has several.
+    """
+
+    ports: Sequence[int] = ()
+    """Of all its processes."""
 
     @property
     def url(self) -> str:
@@ -219,7 +224,8 @@ def local_worker(
     timeout_s: float = WORKER_START_TIMEOUT_S,
     arguments: Sequence[str] = (),
 ) -> Iterator[Worker]:
-    """Run `afterclick worker` and hand it out once /readyz says yes.
+    """Run `afterclick worker` and hand it out once /readyz says yes, on the port of each of its
+    processes.
 
     Args:
         env: its `AFTERCLICK_*` settings, all of them: those of this process are not passed on.
@@ -231,7 +237,8 @@ def local_worker(
     Raises:
         UnavailableError: it ended, or was not ready in time; shows why and its last output.
     """
-    port = int(env.get("AFTERCLICK_STREAMS__PORT") or free_port())
+    num = int(env.get("AFTERCLICK_STREAMS__PROCESSES") or 1)
+    port = int(env.get("AFTERCLICK_STREAMS__PORT") or free_port(num))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("AFTERCLICK_")}
     # tansu looks for new records only a few times within a fetch's wait: keep that short.
     near = {"AFTERCLICK_STREAMS__HOST": HOST, "AFTERCLICK_STREAMS__FETCH_WAIT_MS": "8"}
@@ -242,7 +249,9 @@ def local_worker(
         log=folder / f"worker-{port}.log",
         env={**inherited, **settings},
     )
-    worker = Worker(process, port, lambda: readiness(port)[0], timeout_s)
+    ports = range(port, port + num)
+    worker = Worker(process, port, lambda: all(readiness(at)[0] for at in ports), timeout_s)
+    worker.ports = ports
     try:
         try:
             worker.start()

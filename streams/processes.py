@@ -47,7 +47,7 @@ class Process:
     Args:
         name: how errors call it.
         argv: program and arguments; no shell is involved.
-        log: file that stdout and stderr are appended to.
+        log: file that stdout and stderr are appended to; None leaves them where the parent's go.
         env: the whole environment; None inherits.
         cwd: its working folder.
     """
@@ -57,7 +57,7 @@ class Process:
         name: str,
         argv: Sequence[str],
         *,
-        log: Path,
+        log: Path | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
@@ -83,17 +83,20 @@ class Process:
         return self._child is not None and self._child.poll() is None
 
     def start(self) -> Self:
-        """Start it; its log is appended to."""
+        """Start it; a log is appended to."""
         if self.running:
             raise UnavailableError(f"{self.name}: already runs as process {self.pid}")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as out:
-            self._log_begin = out.tell()
+        with contextlib.ExitStack() as stack:
+            out = None
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                out = stack.enter_context(self.log.open("ab"))
+                self._log_begin = out.tell()
             self._child = subprocess.Popen(
                 self.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
-                stderr=subprocess.STDOUT,
+                stderr=out and subprocess.STDOUT,
                 env=None if self.env is None else dict(self.env),
                 cwd=self.cwd,
                 start_new_session=True,
@@ -170,8 +173,8 @@ class Process:
         self.signal(signal.SIGCONT)
 
     def tail(self) -> str:
-        """Last output since the last start."""
-        if not self.log.exists():
+        """Last output since the last start, as far as its log has it."""
+        if self.log is None or not self.log.exists():
             return ""
         with self.log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -190,12 +193,15 @@ class Process:
             _unwatch(self)
 
 
-def free_port() -> int:
-    """Find a TCP port of 127.0.0.1 that nothing listens on at this moment."""
+def free_port(num: int = 1) -> int:
+    """Find a TCP port of 127.0.0.1 that nothing listens on at this moment; the first of `num` such
+    in a row.
+    """
     for _ in range(200):
-        port = PORTS[randbelow(len(PORTS))]
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        port = PORTS[randbelow(len(PORTS) - num + 1)]
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for at in range(num):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port + at))
             return port
     raise UnavailableError(f"ports {PORTS.start} to {PORTS.stop - 1} of 127.0.0.1: all taken")
 

@@ -100,9 +100,15 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     together. A click after a longer silence waits for nobody.
     """
 
+    processes: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Workers that `afterclick worker` runs on this machine, on as many ports from `port` on; one a
+    core drains most. Each loads the release for itself, and more than partitions have nothing to
+    do.
+    """
+
     fold_threads: Annotated[int, Meta(ge=0, le=256)] = 0
-    """Rounds folded at the same time, of what waits in all partitions by then; 0 means one more
-    than there are cores, so that one waits for Redis while the others compute.
+    """Rounds that a process folds at the same time, of what waits in its partitions by then; 0
+    means one more than it has cores, but 3 at most, since more wait for the interpreter.
     """
 
     latency_budget_ms: Annotated[int, Meta(ge=0)] = 1000
@@ -149,6 +155,18 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """Go on where the log starts after the head: the lost range is counted, and the records miss
     it.
     """
+
+
+INTERPRETER_CORES = 2
+"""More cores than that a process's threads cannot use: they would wait for its interpreter."""
+
+
+def fold_threads(streams: StreamsSettings, cores: int) -> int:
+    """`fold_threads`, or what 0 stands for on a machine of so many cores: one more than a process
+    has, so that one waits for Redis while the others compute.
+    """
+    share = max(1, cores // streams.processes)
+    return streams.fold_threads or min(INTERPRETER_CORES, share) + 1
 
 
 def streams_settings(environ: Mapping[str, str]) -> StreamsSettings:

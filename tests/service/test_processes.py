@@ -1,0 +1,103 @@
+"""`afterclick worker --processes`: several workers under one command."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from afterclick.streams.local import Worker, afterclick_argv, readiness
+from afterclick.streams.processes import Process, free_port
+from tests.service.stage import Stage, some_clicks
+
+pytestmark = pytest.mark.service
+
+NUM = 2
+
+
+def children_of(pid: int) -> list[int]:
+    """Running processes that it started and that are workers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(parent) == pid and state != "Z" and b"afterclick" in command:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+@contextmanager
+def several(stage: Stage) -> Iterator[Worker]:
+    with stage.worker(AFTERCLICK_STREAMS__PROCESSES=str(NUM)) as worker:
+        yield worker
+
+
+def test_they_share_the_clicks_and_one_that_dies_comes_back(stage: Stage) -> None:
+    """Each is ready on its own port; after kill -9 of one nothing is lost and it runs again."""
+    stage.publish("first", seed=1)
+    with several(stage) as worker:
+        assert len(worker.ports) == NUM
+        assert worker.ports[0] == worker.port
+        before = children_of(worker.process.pid)
+        assert len(before) == NUM
+        clicks = some_clicks(40)
+        stage.send(clicks[:20])
+        stage.wait_folded()
+
+        os.kill(before[1], signal.SIGKILL)
+        stage.send(clicks[20:])
+        stage.wait(lambda: len(children_of(worker.process.pid)) == NUM, "two that run")
+        stage.wait(lambda: all(readiness(port)[0] for port in worker.ports), "both ready")
+        stage.wait_folded()
+        after = children_of(worker.process.pid)
+        assert before[0] in after, "the other one was left alone"
+        assert before[1] not in after
+        assert "ended by itself with -9; started again in 1 s" in worker.process.tail()
+
+        assert worker.process.terminate(30) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in after)
+    assert stage.verify().differences == 0
+
+
+def test_none_outlives_a_command_that_is_killed(stage: Stage) -> None:
+    """They would hold partitions and ports beside those of the command's next start."""
+    with several(stage) as worker:
+        members = children_of(worker.process.pid)
+        assert len(members) == NUM
+        os.kill(worker.process.pid, signal.SIGKILL)
+        stage.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), "all ended")
+
+
+def test_what_an_operator_must_change_ends_all(stage: Stage) -> None:
+    """Started again, they would say the same for ever."""
+    process = Process(
+        "worker",
+        afterclick_argv("worker", "--processes", str(NUM), "--port", str(free_port(NUM))),
+        log=stage.folder / "worker.log",
+        env={**os.environ, **stage.env, "AFTERCLICK_STREAMS__CLICKS_TOPIC": "no-such-topic"},
+    ).start()
+    try:
+        assert process.wait(60) == 2
+        assert "afterclick topics create" in process.tail()
+    finally:
+        process.kill()
+
+
+def test_ports_that_do_not_exist_are_refused(stage: Stage) -> None:
+    """The last process takes the port of the first and the number before it."""
+    process = Process(
+        "worker",
+        afterclick_argv("worker", "--processes", "3", "--port", "65534"),
+        log=stage.folder / "worker.log",
+        env={**os.environ, **stage.env},
+    ).start()
+    try:
+        assert process.wait(60) == 2
+        assert "--port: expected 0 to 65533" in process.tail()
+    finally:
+        process.kill()
