@@ -108,7 +108,7 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
     fold_threads: Annotated[int, Meta(ge=0, le=256)] = 0
     """Rounds that a process folds at the same time, of what waits in its partitions by then; 0
-    means one more than it has cores, but 3 at most, since more wait for the interpreter.
+    means two, or three where it has as many cores: more would wait for its interpreter.
     """
 
     latency_budget_ms: Annotated[int, Meta(ge=0)] = 1000
@@ -157,16 +157,16 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
 
-INTERPRETER_CORES = 2
-"""More cores than that a process's threads cannot use: they would wait for its interpreter."""
+ROUNDS_MIN, ROUNDS_MAX = 2, 3
+"""At the same time in a process: one can wait for Redis while another computes, and somewhat less
+than half of a round holds the interpreter.
+"""
 
 
 def fold_threads(streams: StreamsSettings, cores: int) -> int:
-    """`fold_threads`, or what 0 stands for on a machine of so many cores: one more than a process
-    has, so that one waits for Redis while the others compute.
-    """
-    share = max(1, cores // streams.processes)
-    return streams.fold_threads or min(INTERPRETER_CORES, share) + 1
+    """`fold_threads`, or what 0 stands for on a machine of so many cores."""
+    share = cores // streams.processes
+    return streams.fold_threads or min(ROUNDS_MAX, max(ROUNDS_MIN, share))
 
 
 def streams_settings(environ: Mapping[str, str]) -> StreamsSettings:
