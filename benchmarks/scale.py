@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         events = rebalances(options, Path(folder), given.rate, given.event_seconds, failures)
     with tempfile.TemporaryDirectory(prefix="afterclick-scale-") as folder:
         user = footprint(Size(), Path(folder), users=2000)
-    cost = cost_of(costs["1"], user["all_bytes"])
+    cost = cost_of(costs["2"], user["all_bytes"])
     scans = {options.items: cost.scan_us, **dict(given.scan)}
     needs = [
         sizing.need(cost, clicks_per_s=rate, users=users, items=items, scan_us=us)
@@ -162,7 +162,7 @@ def _rates(stage: Ground, workers: list[Worker], seconds: float) -> dict[str, An
 
 
 def cost_of(drain: dict[str, Any], user_bytes: float) -> sizing.Cost:
-    """What the sizing starts from: one worker's drain."""
+    """What the sizing starts from: a drain by one worker a core."""
     us = drain["cpu_us_a_click"]
     return sizing.Cost(
         worker_us=us["worker"],

@@ -15,10 +15,8 @@ quarter is what `make bench` found sustained on two cores beside broker, load an
 """
 SERVER_SHARE = 0.5
 """Of a core of Redis or of the broker: beyond, what waits for it grows fast."""
-WORKER_CORES = 2
-"""Cores that one worker process fills: its Python is behind one lock."""
 PARTITIONS_A_WORKER = 2
-"""So that every fold thread has one, and a worker more can take some."""
+"""So that a worker more can take some."""
 REPLICAS = 2
 """Copies of every byte in Redis, the primary included."""
 
@@ -46,8 +44,8 @@ class Need(NamedTuple):
     clicks_per_s: float
     users: float
     items: int
-    worker_cores: int
     workers: int
+    """Processes, one a core."""
     redis_cores: int
     broker_cores: int
     partitions: int
@@ -61,15 +59,13 @@ def need(
 ) -> Need:
     """What serves so many clicks a second of so many users; `scan_us` of another catalogue."""
     worker_us = cost.worker_us + (0.0 if scan_us is None else scan_us - cost.scan_us)
-    worker_cores = _cores(clicks_per_s, worker_us, WORKER_SHARE)
-    workers = max(1, math.ceil(worker_cores / WORKER_CORES))
+    workers = _cores(clicks_per_s, worker_us, WORKER_SHARE)
     bytes_a_click = cost.redis_in_bytes + cost.redis_out_bytes
     bytes_a_click += 2 * (cost.click_bytes + cost.signal_bytes)
     return Need(
         clicks_per_s=clicks_per_s,
         users=users,
         items=items,
-        worker_cores=worker_cores,
         workers=workers,
         redis_cores=_cores(clicks_per_s, cost.redis_us, SERVER_SHARE),
         broker_cores=_cores(clicks_per_s, cost.broker_us, SERVER_SHARE),
@@ -86,16 +82,15 @@ def _cores(clicks_per_s: float, us: float, share: float) -> int:
 def table(needs: list[Need]) -> list[str]:
     """As Markdown."""
     lines = [
-        "| clicks/s | users | items | worker cores | workers | Redis cores = shards | broker cores "
+        "| clicks/s | users | items | workers = cores | Redis cores = shards | broker cores "
         f"| partitions ≥ | Redis, GB in {REPLICAS} copies | network, Mbit/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in needs:
         cells = [
             f"{one.clicks_per_s:,.0f}", f"{one.users:,.0f}", f"{one.items:,}",
-            f"{one.worker_cores:,}", f"{one.workers:,}", f"{one.redis_cores:,}",
-            f"{one.broker_cores:,}", f"{one.partitions:,}", f"{one.redis_gb:,}",
-            f"{one.mbit_per_s:,}",
+            f"{one.workers:,}", f"{one.redis_cores:,}", f"{one.broker_cores:,}",
+            f"{one.partitions:,}", f"{one.redis_gb:,}", f"{one.mbit_per_s:,}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
