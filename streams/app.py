@@ -1,10 +1,7 @@
-"""The worker: build_app(...) → faust.App with its topic, agent and life-cycle; nothing happens at
-import.
+"""The worker: what one process holds and shares, wired; nothing happens at import.
 
-The path of a chunk: `ChunkConsumer` → Faust's conductor → the agent below → `HeldPartition` → a
-thread that
-runs `PartitionFold` → Redis. Faust brings group membership, rebalancing, commits and the process's
-life-cycle.
+The path of a chunk: Faust (`faust_app`) → `Worker.deliver` → `HeldPartition` → a thread that runs
+`PartitionFold` → Redis.
 """
 
 import asyncio
@@ -12,17 +9,12 @@ import itertools
 import logging
 import os
 import sys
-import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import faust
-import mode
 from faust.types import TP
 
 from afterclick.serving.catalog import Catalog
@@ -35,9 +27,10 @@ from afterclick.serving.store import Store
 from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.admin import TopicsInfo, check_topics, wait_for_broker
 from afterclick.streams.assignment import HeldPartition, Shared, State
-from afterclick.streams.chunks import ChunkConsumer, ChunkSchema, ChunkTransport
+from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.deadletters import DeadLetters
 from afterclick.streams.events import FoldEvent
+from afterclick.streams.faust_app import Runner, build_app
 from afterclick.streams.fold import Folded, Part, Release, fold
 from afterclick.streams.health import HealthServer
 from afterclick.streams.log import LogReader
@@ -47,12 +40,11 @@ from afterclick.streams.outbox import Publisher, SignalsProducer, keep_publishin
 from afterclick.streams.partition import PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.popularity import Popularity
-from afterclick.streams.record import DeadLetter, LogEdges, record_crc
+from afterclick.streams.record import Chunk, DeadLetter, LogEdges, record_crc
 from afterclick.streams.renewal import Basis, Renewal
 from afterclick.streams.repeats import keep_back_repeats
 from afterclick.streams.rounds import Rounds
 from afterclick.streams.runtime import Runtime, UnavailableChange, settle
-from afterclick.streams.security import broker_credentials
 from afterclick.streams.settings import StreamsSettings, fold_threads
 from afterclick.streams.watchdog import Look, Watchdog
 
@@ -62,14 +54,6 @@ SUMMARY_ITEMS = 500
 STUCK_S = 60.0
 """A fold that runs for so long, or an event loop (the app's, the consumer thread's) that is silent
 for so long, fails liveness.
-"""
-
-METADATA_AGE_MS = 10_000
-"""How soon a topic that got more partitions is noticed: until then they are read by nobody."""
-
-HEARTBEAT_S = 0.5
-"""How soon a worker hears that another one joined or left: until then partitions stand still. With
-a fifth of the session, 2 s, those of a worker that was stopped stood for 1.9 s.
 """
 
 LOOKS_PER_STALL = 12
@@ -114,7 +98,20 @@ class Worker:
         self._beat_s = self._thread_beat_s = time.monotonic()
         self._joined = False
         self.prepared = asyncio.Event()
-        self.app = build_app(self)
+        self.app = build_app(
+            streams,
+            self,
+            prepared=self.prepared,
+            first=(self.prepare, self.heartbeat),
+            tasks=(
+                self.watch_ingestion,
+                self.renew_fallback,
+                self.watch_releases,
+                self.follow_items,
+                self.follow_signals,
+                self.publish_signals,
+            ),
+        )
         num_threads = fold_threads(streams, os.cpu_count() or 1)
         # One more for idle checks and openings, which must not wait behind long folds.
         threads = ThreadPoolExecutor(num_threads + 1, thread_name_prefix="fold")
@@ -187,6 +184,12 @@ class Worker:
             self._consumer.forget(tp)
         for held in leaving:
             self.metrics.forget_partition(held.partition)
+
+    def deliver(self, partition: int, chunk: Chunk) -> None:
+        """Hand a chunk to its partition; a partition that was taken away needs none."""
+        held = self.held.get(partition)
+        if held is not None:
+            held.deliver(chunk)
 
     async def heartbeat(self) -> None:
         """Show that the event loop runs, and how far behind the log each partition is."""
@@ -461,101 +464,6 @@ class Worker:
             self.dead_letters.send(self.streams.items_topic, partition, [letter])
 
 
-class _App(faust.App):
-    """A Faust app whose consumer delivers chunks, and whose stop has a hard end."""
-
-    stop_timeout_s = 10.0
-    first: tuple[Callable[[], Awaitable[None]], ...] = ()
-    """Run from the start on; Faust begins its tasks only once the group was joined."""
-
-    async def on_start(self) -> None:
-        """Begin what does not wait for partitions."""
-        await super().on_start()
-        for task in self.first:
-            self.add_future(task())
-
-    async def stop(self) -> None:
-        """Stop, or end the process: after a crash Faust now and then waits for its own consumer
-        for ever.
-        """
-        end = _end_after(self.stop_timeout_s, lambda: int(self.crashed))
-        try:
-            await super().stop()
-        finally:
-            end.cancel()
-
-    def _new_transport(self) -> Any:
-        return ChunkTransport(self.conf.broker_consumer, self, loop=self.loop)
-
-
-def build_app(worker: Worker) -> faust.App:
-    """A Faust app whose one agent hands chunks to the worker's partitions."""
-    streams = worker.streams
-    app = _App(
-        streams.group,
-        broker=";".join(f"kafka://{address}" for address in streams.broker.split(",")),
-        broker_credentials=broker_credentials(streams),
-        store="memory://",
-        # Faust makes this folder and keeps nothing in it: not where the worker was started.
-        datadir=str(Path(tempfile.gettempdir()) / "afterclick-faust"),
-        autodiscover=False,
-        web_enabled=False,
-        topic_disable_leader=True,
-        topic_allow_declare=False,
-        table_standby_replicas=0,
-        consumer_auto_offset_reset="earliest",
-        consumer_group_instance_id=streams.instance or None,
-        broker_session_timeout=streams.session_timeout_s,
-        broker_heartbeat_interval=HEARTBEAT_S,
-        broker_rebalance_timeout=streams.rebalance_timeout_s,
-        broker_request_timeout=max(30.0, streams.session_timeout_s * 2),
-        broker_max_poll_records=streams.backlog_records_max,
-        broker_commit_interval=1.0,
-        broker_max_poll_interval=600.0,
-        stream_wait_empty=False,
-        stream_buffer_maxsize=64,
-        agent_supervisor=mode.CrashingSupervisor,
-        worker_redirect_stdouts=False,
-        consumer_max_fetch_size=8 << 20,
-        consumer_metadata_max_age_ms=METADATA_AGE_MS,
-    )
-    ChunkConsumer.records_max = streams.chunk_records_max
-    ChunkConsumer.fetch_wait_ms = streams.fetch_wait_ms
-    ChunkConsumer.fetch_rest_ms = streams.fetch_rest_ms
-    ChunkConsumer.prepared = worker.prepared
-    topic = app.topic(streams.clicks_topic, schema=ChunkSchema())
-
-    async def fold_clicks(stream: Any) -> None:
-        async for event in stream.events():
-            for partition, chunk in event.value:
-                held = worker.held.get(partition)
-                if held is not None:
-                    held.deliver(chunk)
-
-    app.agent(topic, name="fold_clicks", concurrency=1)(fold_clicks)
-
-    async def on_assigned(_app: Any, *args: Any, **_: Any) -> None:
-        await worker.assigned({tp for tp in args[0] if tp.topic == streams.clicks_topic})
-
-    async def on_revoked(_app: Any, *args: Any, **_: Any) -> None:
-        await worker.revoked({tp for tp in args[0] if tp.topic == streams.clicks_topic})
-
-    app.on_partitions_assigned.connect(cast(Any, on_assigned), weak=False)
-    app.on_partitions_revoked.connect(cast(Any, on_revoked), weak=False)
-    app.first = worker.prepare, worker.heartbeat
-    app.stop_timeout_s = streams.stop_timeout_s
-    for task in (
-        worker.watch_ingestion,
-        worker.renew_fallback,
-        worker.watch_releases,
-        worker.follow_items,
-        worker.follow_signals,
-        worker.publish_signals,
-    ):
-        app.task(task)
-    return app
-
-
 def run_worker(
     serving: ServingSettings, streams: StreamsSettings, *, log_level: str = "INFO"
 ) -> NoReturn:
@@ -589,33 +497,5 @@ def run_worker(
     )
     health.start()
     log.info("health and metrics on port %d", health.port)
-    runner = _Runner(worker.app, stop_timeout_s=streams.stop_timeout_s, loglevel=log_level)
+    runner = Runner(worker.app, stop_timeout_s=streams.stop_timeout_s, loglevel=log_level)
     runner.execute_from_commandline()
-
-
-class _Runner(faust.Worker):
-    """Faust's worker with a hard end: leaving without a commit is safe, hanging is not."""
-
-    def __init__(self, app: faust.App, *, stop_timeout_s: float, loglevel: str) -> None:
-        super().__init__(app, loglevel=loglevel, redirect_stdouts=False, quiet=False)
-        self._stop_timeout_s = stop_timeout_s
-
-    def _schedule_shutdown(self, signal: Any) -> None:
-        _end_after(self._stop_timeout_s, lambda: 0)
-        super()._schedule_shutdown(signal)
-
-
-def _end_after(timeout_s: float, exit_code: Callable[[], int]) -> threading.Timer:
-    """End the process in a while, unless the timer is cancelled."""
-
-    def give_up() -> None:
-        log.warning(
-            "not stopped after %.0f s; ending: the heads in Redis say how far we came", timeout_s
-        )
-        sys.stderr.flush()
-        os._exit(exit_code())
-
-    timer = threading.Timer(timeout_s, give_up)
-    timer.daemon = True
-    timer.start()
-    return timer
