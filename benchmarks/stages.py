@@ -49,6 +49,8 @@ STAGES: tuple[tuple[str, str, set[str]], ...] = (
     ("records", "serving/records.py", set()),
     ("click decode", "streams/events.py", set()),
     ("Redis", "serving/store.py", set()),
+    ("steps", "streams/inference.py", {"run_steps"}),
+    ("fold, the rest", "streams/inference.py", set()),
     ("fold, the rest", "streams/fold.py", set()),
     ("partition", "streams/partition.py", set()),
     ("Kafka client", "aiokafka/", set()),

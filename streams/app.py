@@ -31,8 +31,9 @@ from afterclick.streams.chunks import ChunkConsumer
 from afterclick.streams.deadletters import DeadLetters
 from afterclick.streams.events import FoldEvent
 from afterclick.streams.faust_app import Runner, build_app
-from afterclick.streams.fold import Folded, Part, Release, fold
+from afterclick.streams.fold import Folded, Part, fold
 from afterclick.streams.health import HealthServer
+from afterclick.streams.inference import Release
 from afterclick.streams.log import LogReader
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.namespace import claim_namespace, grown_words, wait_for_redis

@@ -1,10 +1,8 @@
 """Chunks of partitions → new records and lists; no I/O, no clock, no Faust.
 
 The result is a pure function of the events, the records before, the partition's popularity and the
-inputs
-in force, and it does not matter how the log was cut into chunks: a user's list answers the user's
-own last
-event, and everything computed in batches gives the bits that it gives alone (serving/engine.py).
+inputs in force, and it does not matter how the log was cut into chunks: a user's list answers the
+user's own last event, and everything computed in batches gives the bits that it gives alone.
 
 A user's record of another publication is rebuilt from the kept interactions first. Rebuilds run in
 calls of their own, grouped by length: one user with 50 steps among 255 with one made the whole call
@@ -13,18 +11,12 @@ calls of their own, grouped by length: one user with 50 steps among 255 with one
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-import numpy as np
-
-from afterclick.serving.blend import Blend
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.context import Context
-from afterclick.serving.engine import F32, Engine
 from afterclick.serving.manifest import event_code, gap_bucket
-from afterclick.serving.memory import BEFORE, Memory, Move
-from afterclick.serving.past import past_of
-from afterclick.serving.ranking import pick, pick_plain, rank_all
+from afterclick.serving.memory import BEFORE, Move
 from afterclick.serving.records import (
     INTERACTION_BYTES,
     Interaction,
@@ -38,27 +30,13 @@ from afterclick.serving.records import (
     repeat_tag,
     unpack_interactions,
 )
-from afterclick.serving.scanner import Scanner
 from afterclick.serving.settings import ListRules
 from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.events import FoldEvent
+from afterclick.streams.inference import Release, Step, rank_states, run_steps
 from afterclick.streams.popularity import Popularity
 
 HOUR_MS = 3600 * 1000
-PADDING_MAX = 48
-"""Steps that may be computed for nothing where that saves a call: each takes 2.6 µs at H 128, a
-call and what is around it 120.
-"""
-
-
-class Release(Protocol):
-    """What the fold uses of a loaded release (serving.releases.LoadedRelease has it)."""
-
-    engine: Engine
-    catalog: Catalog
-    scanner: Scanner
-    blend: Blend | None
-    memory: Memory | None
 
 
 class Inputs(NamedTuple):
@@ -104,15 +82,6 @@ class Folded(NamedTuple):
     """Offset and time of the event that a list must answer which was put off."""
     moves: list[tuple[int, Move]]
     """Offset of every click counted, and what it tells of its item; in log order."""
-
-
-class Step(NamedTuple):
-    """What the step graph is fed for one interaction."""
-
-    row: int
-    event: int
-    gap: int
-    hour: int
 
 
 class _Draft:
@@ -263,70 +232,6 @@ def renew(
     return _finish([way], release)[0]
 
 
-def rank_states(
-    states_BS: F32,
-    release: Release,
-    *,
-    want: int,
-    seen: Sequence[frozenset[int]] | None = None,
-    contexts: Sequence[Context] | None = None,
-    head: str = "click",
-) -> list[Ranked]:
-    """Lists of users from their states, by the release's blend where it has one.
-
-    Args:
-        states_BS: states as records hold them.
-        release: the engine and the catalogue to score.
-        want: items per list.
-        seen: per user, item hashes to leave out.
-        contexts: what blend and attention must know of the users; None ranks people without a
-            past.
-        head: what to rank for.
-    """
-    ranked: list[Ranked] = []
-    size = release.scanner.users_max
-    for start in range(0, len(states_BS), size):
-        own = (contexts or [Context()] * len(states_BS))[start : start + size]
-        past = past_of(
-            [context.interactions for context in own],
-            release.catalog,
-            release.engine.manifest.inputs.past,
-        )
-        q_BD = release.engine.query(states_BS[start : start + size], past, head=head)
-        if release.blend is not None and release.memory is not None:
-            ranked += release.blend.rank(
-                q_BD,
-                own,
-                release.memory,
-                release.catalog,
-                release.scanner,
-                want=want,
-                drops=None if seen is None else seen[start : start + size],
-            )
-            continue
-        drops = [_ids_of(hashes, release.catalog) for hashes in (seen or ())[start : start + size]]
-        fetch = want + 1 + max((len(drop) for drop in drops), default=0)
-        scores_BK, rows_BK = release.scanner.top(q_BD, fetch)
-        complete = scores_BK.shape[1] == release.scanner.num_rows
-        plain = pick_plain(scores_BK, rows_BK, release.catalog.texts, want=want)
-        for at in range(len(q_BD)):
-            drop = drops[at] if drops else frozenset()
-            found = plain[at] if not drop else None
-            found = found or pick(
-                scores_BK[at],
-                rows_BK[at],
-                release.catalog.ids_N,
-                want=want,
-                drop=drop,
-                complete=complete,
-            )
-            if found is None:
-                scores_N = release.scanner.scores(q_BD[at : at + 1])[0]
-                found = rank_all(scores_N, release.catalog.ids_N, want=want, drop=drop)
-            ranked.append(found)
-    return ranked
-
-
 def _way(part: Part, catalog: Catalog, *, rank: bool) -> _Way:
     """Everything of a partition's events that needs no graph."""
     way = _Way(part.partition, part.inputs, put_off=part.put_off)
@@ -408,8 +313,7 @@ def _count(
     """Move the popularity past the events; with `rank`, take every user's list on the way.
 
     Popularity moves with every click, so a list is taken right at its user's own last event:
-    otherwise it
-    would depend on where the chunk ends.
+    otherwise it would depend on where the chunk ends.
     """
     counted = {offset for draft in drafts.values() for offset in draft.counted}
     added: dict[int, dict[str, int]] = {}
@@ -447,55 +351,19 @@ def _rebuild(ways: Sequence[_Way], release: Release) -> None:
             draft.publication, draft.num_steps, draft.state = publication, len(past), b""
             if past:
                 pasts.append((draft, past))
-    states = _run_steps([past for _, past in pasts], [b""] * len(pasts), release)
+    states = run_steps([past for _, past in pasts], [b""] * len(pasts), release)
     for (draft, _), state in zip(pasts, states, strict=True):
         draft.state = state
 
 
 def _advance(drafts: list[_Draft], release: Release) -> None:
     moving = [draft for draft in drafts if draft.steps]
-    states = _run_steps(
+    states = run_steps(
         [draft.steps for draft in moving], [draft.state for draft in moving], release
     )
     for draft, state in zip(moving, states, strict=True):
         draft.state = state
         draft.num_steps += len(draft.steps)
-
-
-def _run_steps(steps: list[list[Step]], states: list[bytes], release: Release) -> list[bytes]:
-    """States after everybody's steps, in calls of users with about as many steps."""
-    after = [b""] * len(steps)
-    engine, vectors_NE = release.engine, release.catalog.step_vectors_NE
-    for members in _about_as_long([len(own) for own in steps]):
-        lens_B = np.array([len(steps[at]) for at in members], np.int32)
-        step_TB4 = np.zeros((int(lens_B.max()), len(members), len(Step._fields)), np.int64)
-        for user, at in enumerate(members):
-            step_TB4[: len(steps[at]), user] = steps[at]
-        rows_TB, event_TB, gap_TB, hour_TB = np.ascontiguousarray(step_TB4.transpose(2, 0, 1))
-        state_BS = engine.advance(
-            engine.unpacked([states[at] for at in members]),
-            vectors_NE[rows_TB],
-            lens_B,
-            event_TB=event_TB,
-            gap_TB=gap_TB,
-            hour_TB=hour_TB,
-        )
-        for at, state in zip(members, engine.packed(state_BS), strict=True):
-            after[at] = state
-    return after
-
-
-def _about_as_long(lens: Sequence[int]) -> list[list[int]]:
-    """Places in groups that waste little when each is filled up to its longest."""
-    groups: list[list[int]] = []
-    longest = wasted = 0
-    for at in sorted(range(len(lens)), key=lambda at: -lens[at]):
-        wasted += longest - lens[at]
-        if not groups or wasted > PADDING_MAX:
-            groups.append([])
-            longest, wasted = lens[at], 0
-        groups[-1].append(at)
-    return groups
 
 
 def _finish(ways: Sequence[_Way], release: Release | None) -> list[Folded]:
@@ -578,11 +446,6 @@ def _rank(drafts: list[_Draft], rules: ListRules, release: Release) -> list[Rank
 
 def _hashes(draft: _Draft) -> frozenset[int]:
     return frozenset(kept.item_hash for kept in unpack_interactions(draft.interactions))
-
-
-def _ids_of(hashes: frozenset[int], catalog: Catalog) -> frozenset[str]:
-    rows = (catalog.row_of_hash(hash_) for hash_ in hashes)
-    return frozenset(catalog.ids[row] for row in rows if row is not None)
 
 
 class _Seen:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.store import Commit, Read, Reading
-from afterclick.streams.fold import Folded, Part, Release
+from afterclick.streams.fold import Folded, Part
+from afterclick.streams.inference import Release
 
 T = TypeVar("T")
 

@@ -39,7 +39,8 @@ from afterclick.serving.store import (
     UserWrite,
 )
 from afterclick.streams.events import FoldEvent
-from afterclick.streams.fold import Counts, Folded, Inputs, Part, Release, fold, renew
+from afterclick.streams.fold import Counts, Folded, Inputs, Part, fold, renew
+from afterclick.streams.inference import Release
 from afterclick.streams.lockstep import Folding, Steps, in_step
 from afterclick.streams.piece import Limits, Piece, answers, take, user_writes, within_rebuilds
 from afterclick.streams.popularity import Popularity

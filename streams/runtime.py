@@ -27,8 +27,8 @@ from afterclick.serving.settings import ServingSettings
 from afterclick.serving.texts import Ranked, ranked_of
 from afterclick.streams.events import Item, decode_item
 from afterclick.streams.feed import SignalsFeed
-from afterclick.streams.fold import rank_states
 from afterclick.streams.gate import Gate
+from afterclick.streams.inference import rank_states
 from afterclick.streams.log import LogReader, Tail
 from afterclick.streams.metrics import Metrics
 from afterclick.streams.partition import Serving

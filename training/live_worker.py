@@ -18,7 +18,8 @@ from afterclick.serving.records import TopList, UserRecord, decode_record
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click, Item, decode_item, encode
-from afterclick.streams.fold import Inputs, rank_states, renew
+from afterclick.streams.fold import Inputs, renew
+from afterclick.streams.inference import rank_states
 from afterclick.streams.partition import PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, DeadLetter, LogEdges, Record

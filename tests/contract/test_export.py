@@ -36,7 +36,7 @@ from afterclick.serving.records import (
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import Item
-from afterclick.streams.fold import rank_states
+from afterclick.streams.inference import rank_states
 from afterclick.training.export import (
     Tables,
     advance_stepwise,

@@ -18,7 +18,7 @@ from afterclick.serving.rows import rows_of
 from afterclick.serving.settings import ServingSettings
 from afterclick.serving.texts import Ranked
 from afterclick.streams.events import Item
-from afterclick.streams.fold import rank_states
+from afterclick.streams.inference import rank_states
 from tests.tiny_release import digest_of, write_tiny_release
 
 SETTINGS = ServingSettings(provider="cpu", threads=1)

@@ -10,7 +10,7 @@ import pytest
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ServingSettings
-from afterclick.streams.fold import rank_states
+from afterclick.streams.inference import rank_states
 from tests.tiny_release import write_tiny_release
 
 

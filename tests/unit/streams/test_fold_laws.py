@@ -15,7 +15,7 @@ from afterclick.serving.records import Head, TopList, decode_record, item_hash, 
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.streams.events import Click, Item
-from afterclick.streams.fold import PADDING_MAX, _about_as_long
+from afterclick.streams.inference import PADDING_MAX, about_as_long
 from afterclick.streams.partition import PartitionFold, Serving
 from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, LogEdges, Record
@@ -131,16 +131,16 @@ def test_any_cut_of_the_log_gives_the_same_bytes(
     assert run(records, serving, [100], rules, small).snapshot() == expected
 
 
-def test_users_share_a_call_of_steps_only_with_those_about_as_long() -> None:
+def test_users_share_a_call_of_steps_only_with_thoseabout_as_long() -> None:
     """One user with 50 steps among 255 with one made the whole call 54 times slower."""
-    assert _about_as_long([]) == []
-    assert _about_as_long([1, 1, 1]) == [[0, 1, 2]]
-    assert _about_as_long([3, 50, 20, 10]) == [[1, 2], [3, 0]]
+    assert about_as_long([]) == []
+    assert about_as_long([1, 1, 1]) == [[0, 1, 2]]
+    assert about_as_long([3, 50, 20, 10]) == [[1, 2], [3, 0]]
     lens = [50] + [1] * 255
-    assert [len(group) for group in _about_as_long(lens)] == [1, 255]
+    assert [len(group) for group in about_as_long(lens)] == [1, 255]
     rng = random.Random(1)
     lens = [rng.randrange(1, 51) for _ in range(500)]
-    groups = _about_as_long(lens)
+    groups = about_as_long(lens)
     assert sorted(itertools.chain.from_iterable(groups)) == list(range(500))
     assert all(
         max(lens[at] for at in own) * len(own) - sum(lens[at] for at in own) <= PADDING_MAX
