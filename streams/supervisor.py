@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 def supervise(streams: StreamsSettings, argv: Sequence[str]) -> int:
-    """Run `streams.processes` workers until SIGTERM or SIGINT; 0, or the exit code of a worker that
-    an operator must help.
+    """Run `streams.processes` workers until SIGTERM or SIGINT; 0, or 2 where one of them ended so
+    soon after its first start.
 
     Args:
         streams: of which port, instance and `fold_threads` are made for each.
@@ -54,9 +54,8 @@ def supervise(streams: StreamsSettings, argv: Sequence[str]) -> int:
             member.start()
         while not stop.wait(LOOK_EVERY_S):
             for member in members:
-                code = member.look()
-                if code == ConfigError.exit_code:
-                    return code
+                if not member.look():
+                    return ConfigError.exit_code
         return 0
     finally:
         log.info("stopping %d workers", len(members))
@@ -83,22 +82,27 @@ class _Member:
         self._pause_s = RESTART_S
         self._begun_s = 0.0
         self._due_s: float | None = None
+        self._is_first = True
 
     def start(self) -> None:
         self._process.start()
         self._begun_s, self._due_s = time.monotonic(), None
         log.info("%s: started as process %d", self._process.name, self._process.pid)
 
-    def look(self) -> int | None:
-        """Start it again if that is due; its exit code once it has ended."""
+    def look(self) -> bool:
+        """Start it again if that is due; False if no new start can help."""
         code = self._process.exit_code
         if code is None:
-            return None
+            return True
         now_s = time.monotonic()
         if self._due_s is None:
             self._process.kill()  # what it may have left of its group
+            was_first, self._is_first = self._is_first, False
             if now_s - self._begun_s >= STEADY_S:
                 self._pause_s = RESTART_S
+            elif was_first and code == ConfigError.exit_code:
+                log.error("%s: ended with %d, which no new start helps", self._process.name, code)
+                return False
             self._due_s = now_s + self._pause_s
             log.error(
                 "%s: ended by itself with %d; started again in %g s",
@@ -107,7 +111,7 @@ class _Member:
             self._pause_s = min(2 * self._pause_s, RESTART_MAX_S)
         elif now_s >= self._due_s:
             self.start()
-        return code
+        return True
 
     def stop(self) -> None:
         self._process.terminate(self._stop_timeout_s)
