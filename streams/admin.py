@@ -6,13 +6,13 @@ release. `client_config` is the one place where settings become arguments of kaf
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import kafka.errors
 import msgspec
-from kafka.admin import ConfigResource, KafkaAdminClient
+from kafka.admin import ConfigResource, KafkaAdminClient, MemberToRemove
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
@@ -104,6 +104,18 @@ def wait_for_broker(settings: StreamsSettings, timeout_s: float) -> None:
     """
     with _admin(settings, timeout_s):
         pass
+
+
+def leave_group(settings: StreamsSettings, instances: Sequence[str], timeout_s: float) -> None:
+    """Take static members that have ended out of the workers' group: their partitions would stand
+    until their sessions are over.
+
+    Raises:
+        UnavailableError: the broker does not answer.
+    """
+    members = [MemberToRemove(group_instance_id=instance) for instance in instances]
+    with _admin(settings, timeout_s) as admin:
+        admin.remove_group_members(settings.group, members)
 
 
 def create_topics(

@@ -5,18 +5,25 @@ machine is filled by several. Each is a worker like any other, with a port of it
 the group, which gives it its share of the partitions. They know nothing of each other, and this
 process knows nothing of what they do: it starts them, starts those again that end by themselves,
 and ends them all when it is told to.
+
+Members are static ones: Kafka keeps the place of one that was killed until its session is over. Who
+comes back by then goes on, and the others do not notice; a new member would have made all of them
+stand until then (others' partitions stood for 13 s of a session of 20 s). But static members that
+end in order leave nothing, so they are taken out of the group here.
 """
 
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
-from afterclick.serving.errors import ConfigError
+from afterclick.serving.errors import ConfigError, UnavailableError
+from afterclick.streams.admin import leave_group
 from afterclick.streams.processes import Process
 from afterclick.streams.settings import StreamsSettings, fold_threads
 
@@ -29,18 +36,28 @@ STEADY_S = 60.0
 """Who ran for so long is started again after the shortest pause."""
 GRACE_S = 5.0
 """Beyond the worker's own `stop_timeout_s`, after which it ends itself."""
+LEAVE_S = 3.0
+"""Longest wait for Kafka when the group is left."""
 log = logging.getLogger(__name__)
 
 
-def supervise(streams: StreamsSettings, argv: Sequence[str]) -> int:
+def supervise(
+    streams: StreamsSettings,
+    argv: Sequence[str],
+    *,
+    leave: Callable[[StreamsSettings, Sequence[str], float], None] = leave_group,
+) -> int:
     """Run `streams.processes` workers until SIGTERM or SIGINT; 0, or 2 where one of them ended so
     soon after its first start.
 
     Args:
         streams: of which port, instance and `fold_threads` are made for each.
         argv: starts one worker, which listens on `AFTERCLICK_STREAMS__PORT`.
+        leave: takes static members of these names out of the group; not those that `instance`
+            named, whose places may be wanted after a restart.
     """
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(process)s] %(message)s")
+    logging.getLogger("kafka").setLevel(logging.WARNING)
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -48,7 +65,8 @@ def supervise(streams: StreamsSettings, argv: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    members = [_Member(streams, at, argv) for at in range(streams.processes)]
+    name = streams.instance or secrets.token_hex(6)
+    members = [_Member(streams, at, f"{name}-{at}", argv) for at in range(streams.processes)]
     try:
         for member in members:
             member.start()
@@ -61,20 +79,27 @@ def supervise(streams: StreamsSettings, argv: Sequence[str]) -> int:
         log.info("stopping %d workers", len(members))
         with ThreadPoolExecutor(len(members)) as threads:  # they leave the group at the same time
             list(threads.map(_Member.stop, members))
+        if not streams.instance:
+            try:
+                leave(streams, [member.instance for member in members], LEAVE_S)
+            except (ConfigError, UnavailableError) as error:
+                log.warning("%s; their partitions stand until their sessions are over", error)
 
 
 class _Member:
     """One of the workers."""
 
-    def __init__(self, streams: StreamsSettings, at: int, argv: Sequence[str]) -> None:
+    def __init__(
+        self, streams: StreamsSettings, at: int, instance: str, argv: Sequence[str]
+    ) -> None:
+        self.instance = instance
         port = streams.port and streams.port + at
         env = {
             "AFTERCLICK_STREAMS__PROCESSES": "1",
             "AFTERCLICK_STREAMS__PORT": str(port),
             "AFTERCLICK_STREAMS__FOLD_THREADS": str(fold_threads(streams, os.cpu_count() or 1)),
+            "AFTERCLICK_STREAMS__INSTANCE": instance,
         }
-        if streams.instance:
-            env["AFTERCLICK_STREAMS__INSTANCE"] = f"{streams.instance}-{at}"
         where = f"port {port}" if port else "a free port"
         name = f"worker {at + 1} of {streams.processes}, {where}"
         self._process = Process(name, argv, env={**os.environ, **env})

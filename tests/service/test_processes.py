@@ -1,13 +1,15 @@
 """`afterclick worker --processes`: several workers under one command."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from kafka.admin import KafkaAdminClient
 
+from afterclick.streams.admin import client_config
 from afterclick.streams.local import Worker, afterclick_argv, readiness
 from afterclick.streams.processes import Process, free_port
 from tests.service.stage import Stage, some_clicks
@@ -31,7 +33,7 @@ def children_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-@contextmanager
+@contextlib.contextmanager
 def several(stage: Stage) -> Iterator[Worker]:
     with stage.worker(AFTERCLICK_STREAMS__PROCESSES=str(NUM)) as worker:
         yield worker
@@ -62,6 +64,30 @@ def test_they_share_the_clicks_and_one_that_dies_comes_back(stage: Stage) -> Non
         assert worker.process.terminate(30) == 0
         assert not any(Path(f"/proc/{pid}").exists() for pid in after)
     assert stage.verify().differences == 0
+
+
+@pytest.mark.kafka
+def test_a_place_in_the_group_waits_for_a_killed_process_and_for_none_that_was_stopped(
+    stage: Stage,
+) -> None:
+    """Else every other partition stands until the dead one's session is over, or all of them after
+    each deployment; tansu does not let go of static members.
+    """
+    with contextlib.closing(KafkaAdminClient(**client_config(stage.streams))) as admin:
+
+        def members() -> set[str]:
+            (group,) = admin.describe_groups([stage.streams.group]).values()
+            return {member["group_instance_id"] for member in group["members"]}
+
+        with several(stage) as worker:
+            before = members()
+            assert len(before) == NUM
+            os.kill(children_of(worker.process.pid)[1], signal.SIGKILL)
+            stage.wait(lambda: len(children_of(worker.process.pid)) == NUM, "two that run")
+            stage.wait(lambda: all(readiness(port)[0] for port in worker.ports), "both ready")
+            assert members() == before
+            assert worker.process.terminate(30) == 0
+            assert members() == set()
 
 
 def test_none_outlives_a_command_that_is_killed(stage: Stage) -> None:

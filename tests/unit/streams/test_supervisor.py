@@ -13,7 +13,8 @@ import sys
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.supervisor import supervise
 streams = StreamsSettings(processes=2, port={port}, instance={instance!r}, stop_timeout_s=1.0)
-sys.exit(supervise(streams, [sys.executable, "-c", {member!r}]))
+leave = lambda _streams, names, _timeout_s: print("left", *names, flush=True)
+sys.exit(supervise(streams, [sys.executable, "-c", {member!r}], leave=leave))
 """
 TELLS = """
 import os, time
@@ -41,7 +42,7 @@ def parent(folder: Path, member: str, *, port: int = 7000, instance: str = "") -
     ("port", "instance", "told"),
     [
         (7000, "shop", ["told 1 7000 shop-0", "told 1 7001 shop-1"]),
-        (0, "", ["told 1 0 none", "told 1 0 none"]),
+        (0, "", ["told 1 0 NAME-0", "told 1 0 NAME-1"]),
     ],
 )
 def test_each_has_a_port_and_a_name_of_its_own(
@@ -53,9 +54,14 @@ def test_each_has_a_port_and_a_name_of_its_own(
     try:
         process.wait_until(lambda: process.tail().count("told") == 2, WAIT_S, "told")
         found = sorted(line for line in process.tail().splitlines() if line.startswith("told"))
-        assert found == told
-    finally:
+        made_up = found[0].split()[-1].removesuffix("-0")
+        assert found == [line.replace("NAME", made_up) for line in told]
         assert process.terminate(WAIT_S) == 0
+        # Places under a name that was given are kept for whoever comes back by it.
+        left = [] if instance else [f"left {made_up}-0 {made_up}-1"]
+        assert [line for line in process.tail().splitlines() if line.startswith("left")] == left
+    finally:
+        process.kill()
 
 
 def test_one_that_ends_at_once_is_started_again_after_longer_and_longer(tmp_path: Path) -> None:
