@@ -8,8 +8,8 @@ and ends them all when it is told to.
 
 Members are static ones: Kafka keeps the place of one that was killed until its session is over. Who
 comes back by then goes on, and the others do not notice; a new member would have made all of them
-stand until then (others' partitions stood for 13 s of a session of 20 s). But static members that
-end in order leave nothing, so they are taken out of the group here.
+stand until then (others' partitions stood for 13 s of a session of 20 s). But a static member does
+not leave the group when it ends in order, so all are taken out of it here.
 """
 
 import logging
@@ -38,6 +38,7 @@ GRACE_S = 5.0
 """Beyond the worker's own `stop_timeout_s`, after which it ends itself."""
 LEAVE_S = 3.0
 """Longest wait for Kafka when the group is left."""
+
 log = logging.getLogger(__name__)
 
 

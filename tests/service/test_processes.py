@@ -11,7 +11,7 @@ from kafka.admin import KafkaAdminClient
 
 from afterclick.streams.admin import client_config
 from afterclick.streams.local import Worker, afterclick_argv, readiness
-from afterclick.streams.processes import Process, free_port
+from afterclick.streams.processes import Process
 from tests.service.stage import Stage, some_clicks
 
 pytestmark = pytest.mark.service
@@ -99,31 +99,26 @@ def test_none_outlives_a_command_that_is_killed(stage: Stage) -> None:
         stage.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), "all ended")
 
 
-def test_what_an_operator_must_change_ends_all(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "topic", "words"),
+    [
+        (["--processes", "2", "--port", "0"], "no-such-topic", "afterclick topics create"),
+        # The last process takes the port of the first and the number before it.
+        (["--processes", "3", "--port", "65534"], "clicks", "--port: expected 0 to 65533"),
+    ],
+)
+def test_what_an_operator_must_change_ends_all(
+    stage: Stage, arguments: list[str], topic: str, words: str
+) -> None:
     """Started again, they would say the same for ever."""
     process = Process(
         "worker",
-        afterclick_argv("worker", "--processes", str(NUM), "--port", str(free_port(NUM))),
+        afterclick_argv("worker", *arguments),
         log=stage.folder / "worker.log",
-        env={**os.environ, **stage.env, "AFTERCLICK_STREAMS__CLICKS_TOPIC": "no-such-topic"},
+        env={**os.environ, **stage.env, "AFTERCLICK_STREAMS__CLICKS_TOPIC": topic},
     ).start()
     try:
         assert process.wait(60) == 2
-        assert "afterclick topics create" in process.tail()
-    finally:
-        process.kill()
-
-
-def test_ports_that_do_not_exist_are_refused(stage: Stage) -> None:
-    """The last process takes the port of the first and the number before it."""
-    process = Process(
-        "worker",
-        afterclick_argv("worker", "--processes", "3", "--port", "65534"),
-        log=stage.folder / "worker.log",
-        env={**os.environ, **stage.env},
-    ).start()
-    try:
-        assert process.wait(60) == 2
-        assert "--port: expected 0 to 65533" in process.tail()
+        assert words in process.tail()
     finally:
         process.kill()
