@@ -35,7 +35,9 @@ def worker(argv: Sequence[str]) -> int:
     """Turn clicks into lists until stopped: the Faust worker."""
     parser = argparse.ArgumentParser(prog="afterclick worker", description=worker.__doc__)
     parser.add_argument("--port", type=int, help="port of /livez, /readyz, /metrics; 0 takes any")
-    parser.add_argument("--processes", type=_positive, help="workers to run here; one a core (1)")
+    parser.add_argument(
+        "--processes", type=_positive, help="workers to run here, as many as cores at most (1)"
+    )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     options = parser.parse_args(argv)
     serving, streams = _settings()
@@ -45,8 +47,8 @@ def worker(argv: Sequence[str]) -> int:
         streams = msgspec.structs.replace(streams, port=options.port)
     if not 0 <= streams.port <= 65536 - streams.processes:
         raise ConfigError(
-            f"--port: expected 0 to {65536 - streams.processes}, since each process takes one, "
-            f"got {streams.port}"
+            f"AFTERCLICK_STREAMS__PORT, --port: expected 0 to {65536 - streams.processes}, so that "
+            f"each of {streams.processes} processes has one, got {streams.port}"
         )
     if streams.processes > 1:
         from afterclick.streams.local import afterclick_argv
