@@ -39,8 +39,11 @@ def several(stage: Stage) -> Iterator[Worker]:
         yield worker
 
 
+@pytest.mark.kafka
 def test_they_share_the_clicks_and_one_that_dies_comes_back(stage: Stage) -> None:
-    """Each is ready on its own port; after kill -9 of one nothing is lost and it runs again."""
+    """Each is ready on its own port; after kill -9 of one nothing is lost and it runs again. On
+    tansu, under load, the group now and then stood for more than a minute afterwards.
+    """
     stage.publish("first", seed=1)
     with several(stage) as worker:
         assert len(worker.ports) == NUM
