@@ -243,19 +243,21 @@ def _drain_rival(stage: Ground, name: str, failures: list[str]) -> Rate:
     # The naive app's states are in its memory: none may move to another process.
     processes = options.processes if name == "do-nothing" else 1
 
-    def taken() -> int:
-        return sum(int(offset) for offset in stage.redis.hvals(key))
-
     with _rival(stage, name, processes) as task:
         key = task.done_key(name)
+
+        def taken() -> int:
+            return sum(int(offset) for offset in stage.redis.hvals(key))
+
         rate = Drain(
             taken,
             total=options.clicks,
             warm_up=warm_up,
             limit_s=options.rival_seconds,
         ).result()
-    if taken() > options.clicks or (rate.complete and taken() != options.clicks):
-        failures.append(f"{name}: took {taken()} of {options.clicks} clicks")
+    found = taken()
+    if found > options.clicks or (rate.complete and found != options.clicks):
+        failures.append(f"{name}: took {found} of {options.clicks} clicks")
     return rate
 
 

@@ -199,14 +199,24 @@ def metrics_of(port: int) -> dict[str, float]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has taken, all of its threads and its children that run."""
-    ticks = 0
+    """CPU seconds that a process has taken, all of its threads and its children that run.
+
+    Raises:
+        FileNotFoundError: there is no such process.
+    """
+    taken = [_fields_of(Path(f"/proc/{pid}/stat"))]
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(stat.parent.name) == pid or int(fields[1]) == pid:
-                ticks += int(fields[11]) + int(fields[12])
+            fields = _fields_of(stat)
+            if int(fields[1]) == pid:
+                taken.append(fields)
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in taken)
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _fields_of(stat: Path) -> list[str]:
+    """What follows a process's name: its state, its parent, …"""
+    return stat.read_text().rpartition(")")[2].split()
 
 
 def item_ids(options: Options, rng: np.random.Generator, num: int) -> list[str]:

@@ -111,6 +111,7 @@ def leave_group(settings: StreamsSettings, instances: Sequence[str], timeout_s: 
     until their sessions are over.
 
     Raises:
+        ConfigError: the broker refuses, or the setting `broker` is malformed.
         UnavailableError: the broker does not answer.
     """
     members = [MemberToRemove(group_instance_id=instance) for instance in instances]

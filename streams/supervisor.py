@@ -78,7 +78,7 @@ def supervise(
         return 0
     finally:
         log.info("stopping %d workers", len(members))
-        with ThreadPoolExecutor(len(members)) as threads:  # they leave the group at the same time
+        with ThreadPoolExecutor(len(members)) as threads:  # all at the same time
             list(threads.map(_Member.stop, members))
         if not streams.instance:
             try:

@@ -131,7 +131,7 @@ def test_any_cut_of_the_log_gives_the_same_bytes(
     assert run(records, serving, [100], rules, small).snapshot() == expected
 
 
-def test_users_share_a_call_of_steps_only_with_thoseabout_as_long() -> None:
+def test_users_share_a_call_of_steps_only_with_those_about_as_long() -> None:
     """One user with 50 steps among 255 with one made the whole call 54 times slower."""
     assert about_as_long([]) == []
     assert about_as_long([1, 1, 1]) == [[0, 1, 2]]

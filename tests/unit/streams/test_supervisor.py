@@ -46,10 +46,9 @@ def parent(folder: Path, member: str, *, port: int = 7000, instance: str = "") -
     ],
 )
 def test_each_has_a_port_and_a_name_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int, instance: str, told: list[str]
+    tmp_path: Path, port: int, instance: str, told: list[str]
 ) -> None:
     """Two members of one name would throw each other out of the group; port 0 takes free ones."""
-    monkeypatch.delenv("AFTERCLICK_STREAMS__INSTANCE", raising=False)
     process = parent(tmp_path, TELLS, port=port, instance=instance)
     try:
         process.wait_until(lambda: process.tail().count("told") == 2, WAIT_S, "told")
