@@ -4,8 +4,8 @@ Users with a full history are folded into a Redis of their own, by the product's
 script, once for each row: states of 32 and of 16 bits, other sizes of list and history. `all` is
 what Redis itself says it grew by, a user: record, list, their keys and the tables of keys; expiry
 is on, as it is in production. Beside it CPU of a step and of a whole history's steps: states of 16
-bits are rounded after each of them, which takes a call each. Random weights: they do not change
-sizes. Prints the machine, a
+bits are rounded after each of them, which takes a call each; and of putting a list's bytes
+together, compression included. Random weights: they do not change sizes. Prints the machine, a
 table, one JSON line.
 """
 
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ import redis
 from afterclick.serving.engine import Engine
 from afterclick.serving.keys import Keys
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
+from afterclick.serving.records import without_stamp
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
@@ -52,11 +53,16 @@ class Size(NamedTuple):
     k: int = 50
     margin: int = 20
     history: int = 50
+    scores: bool = True
+    compression: Literal["none", "zlib"] = "none"
 
 
 SIZES = (
     Size(),
     Size("fp16"),
+    Size(compression="zlib"),
+    Size("fp16", scores=False),
+    Size("fp16", scores=False, compression="zlib"),
     Size("fp16", k=20, margin=10),
     Size("fp16", k=20, margin=10, history=20),
     Size(units=64),
@@ -71,7 +77,12 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
     release = folder / "r1"
     write_tiny_release(release, num_items=ITEMS, units=size.units, state_dtype=size.state_dtype)
     serving = ServingSettings(
-        k=size.k, margin=size.margin, history=size.history, provider="cpu", threads=1
+        k=size.k,
+        margin=size.margin,
+        history=size.history,
+        list_scores=size.scores,
+        provider="cpu",
+        threads=1,
     )
     digest = sha256_of(release / MANIFEST_NAME)
     loaded = LoadedRelease(Publication(number=1, release="r1", sha256=digest), release, serving)
@@ -81,7 +92,13 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
         client = redis.Redis.from_url(server.url)
         keys = Keys("afterclick")
         ttl_s = 1000
-        store = Store(server.url, keys, record_ttl_s=ttl_s, popularity_ttl_s=ttl_s)
+        store = Store(
+            server.url,
+            keys,
+            record_ttl_s=ttl_s,
+            popularity_ttl_s=ttl_s,
+            compress_lists=size.compression == "zlib",
+        )
         fold = PartitionFold(
             0,
             store,
@@ -115,6 +132,9 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
                 ("list", lambda user: keys.top(0, user)),
             )
         }
+        _, standing = store.read_standing(0, names[:USERS])
+        bodies = [without_stamp(user.list_data or b"") for user in standing]
+        pack_us = _pack_us(lambda: [store.packed(body, START_MS) for body in bodies])
         store.close()
         client.close()
     return {
@@ -125,7 +145,18 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
         "all_bytes": round(grown / users),
         "step_us": us[1],
         "rebuild_us": us[size.history],
+        "pack_us": pack_us,
     }
+
+
+def _pack_us(pack: Callable[[], Any]) -> float:
+    """CPU µs a list, the smallest of some passes over `USERS` of them."""
+    taken = []
+    for _ in range(20):
+        begun_s = time.process_time()
+        pack()
+        taken.append(time.process_time() - begun_s)
+    return round(min(taken) / USERS * 1e6, 1)
 
 
 def _advance_us(engine: Engine, steps: int) -> float:
@@ -145,18 +176,23 @@ def _advance_us(engine: Engine, steps: int) -> float:
 def table(result: dict[str, Any]) -> list[str]:
     """As Markdown."""
     lines = [
-        "| states | H | K + margin | history | record, bytes | list, bytes | both | all, a user "
-        "| CPU µs: a step | a rebuild |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| states | H | K + margin | history | lists | record, bytes | list, bytes | both "
+        "| all, a user | CPU µs: a step | a rebuild | a list put together |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['state_dtype']} | {row['units']} | {row['k']} + {row['margin']} "
-        f"| {row['history']} | {row['record_bytes']:,} | {row['list_bytes']:,} "
+        f"| {row['history']} | {_lists(row)} | {row['record_bytes']:,} | {row['list_bytes']:,} "
         f"| {row['both_bytes']:,} | {row['all_bytes']:,} "
-        f"| {row['step_us']} | {row['rebuild_us']} |"
+        f"| {row['step_us']} | {row['rebuild_us']} | {row['pack_us']} |"
         for row in result["sizes"]
     ]
     return lines
+
+
+def _lists(row: dict[str, Any]) -> str:
+    said = "ids, scores" if row["scores"] else "ids"
+    return said if row["compression"] == "none" else f"{said}, {row['compression']}"
 
 
 def _clicks(users: int, history: int) -> list[Record]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from afterclick.serving.keys import Keys
-from afterclick.serving.records import TopList, encode_list, stamp_list
+from afterclick.serving.records import TopList, encode_list
 from afterclick.serving.scripts import CARRY
 from afterclick.serving.store import Standing, Store
 
@@ -89,8 +89,15 @@ class EpochStore(Store):
             names.append(self.keys.user(partition, user_id))
             names.append(self.keys.top(partition, user_id))
             due = b"%d %d %d" % (-1, *found.due[1:]) if found.due else b""
-            args += [keep_ms, found.record or b"", _moved(found.list_data, partition), due]
+            args += [keep_ms, found.record or b"", self._moved(found.list_data, partition), due]
         return bool(self._call(lambda: self._carry(keys=names, args=args)))
+
+    def _moved(self, data: bytes | None, partition: int) -> bytes:
+        if not data:
+            return b""
+        top = msgspec.json.decode(data, type=TopList)
+        moved = msgspec.structs.replace(top, partition=partition, offset=-1)
+        return self.packed(encode_list(moved), top.written_ms)
 
     def keep_until(self, unix_ms: int) -> int:
         """Let everything but the heads go at a moment; the number of keys."""
@@ -135,11 +142,3 @@ class EpochStore(Store):
 def _keep(left_ms: int, else_ms: int) -> int:
     """As CARRY takes it, of PTTL: −1 has no end; −2 is gone, which a due mark alone outlives."""
     return {-1: 0, -2: else_ms}.get(left_ms, max(left_ms, 1))
-
-
-def _moved(data: bytes | None, partition: int) -> bytes:
-    if not data:
-        return b""
-    top = msgspec.json.decode(data, type=TopList)
-    moved = msgspec.structs.replace(top, partition=partition, offset=-1)
-    return stamp_list(encode_list(moved), top.written_ms)

@@ -12,7 +12,7 @@ import msgspec
 
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import Keys, Layout, Meta, partition_of
-from afterclick.serving.records import Head, TopList
+from afterclick.serving.records import Head, TopList, plain_list
 
 META_EVERY_S = 60.0
 """Seconds between two looks at `<ns>:meta`; a user without a list looks sooner."""
@@ -40,7 +40,9 @@ class Top(msgspec.Struct, frozen=True, kw_only=True):
     items: list[str]
     """Item ids, best first, at most k."""
     scores: list[float]
-    """One per item; comparable within a list, not between lists."""
+    """One per item; comparable within a list, not between lists. Empty where the workers are told
+    `list_scores=false`.
+    """
     source: Literal["model", "popularity", "fallback", "none"]
     """`model` and `popularity`: the user's own list; `fallback`: the list for users without one;
     `none`: there is no list at all yet.
@@ -226,7 +228,7 @@ class Lookup:
         items, scores, unavailable = stored.items, stored.scores, self._unavailable[1]
         if not unavailable.isdisjoint(items):
             kept = [at for at, item in enumerate(items) if item not in unavailable][:k]
-            items, scores = [items[at] for at in kept], [scores[at] for at in kept]
+            items, scores = [items[at] for at in kept], [scores[at] for at in kept if scores]
         return Top(
             items=items[:k],
             scores=scores[:k],
@@ -251,8 +253,8 @@ def _decode_lists(keys: list[str], values: list[bytes | None]) -> list[TopList |
 
 
 def _decode_list(key: str, value: bytes) -> TopList:
-    stored = _decode(key, value, TopList)
-    if len(stored.items) != len(stored.scores):
+    stored = _decode(key, plain_list(value, key), TopList)
+    if stored.scores and len(stored.items) != len(stored.scores):
         raise ContractError(
             f"{key}: {len(stored.items)} items but {len(stored.scores)} scores", reason="list"
         )

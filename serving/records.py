@@ -239,6 +239,7 @@ class TopList(msgspec.Struct, frozen=True, kw_only=True):
     """Item ids, best first; up to k + margin."""
     scores: list[float]
     """Scores rounded to 4 decimals, for people; order was decided before rounding, ties by item id.
+    Empty under `list_scores=false`.
     """
     source: Literal["model", "popularity"]
     release: str
@@ -257,7 +258,9 @@ class TopList(msgspec.Struct, frozen=True, kw_only=True):
     """Wall clock of the worker when it wrote the list."""
 
 
+_SCORES = b',"scores":['
 _WRITTEN = b',"written_ms":'
+_WINDOW_BITS = 11
 _NO_SIGNALS = b',"signals":0'
 
 
@@ -267,11 +270,12 @@ def encode_list(top: TopList) -> bytes:
     return data[: data.rindex(_WRITTEN)].removesuffix(_NO_SIGNALS) + b"}"
 
 
-def list_writer(shell: TopList) -> Callable[[bytes, int, int], bytes]:
+def list_writer(shell: TopList, *, scores: bool = True) -> Callable[[bytes, int, int], bytes]:
     """`encode_list` of many lists that differ in little.
 
     Args:
         shell: what they have in common; without items, offset and time 0.
+        scores: whether they say scores.
 
     Returns:
         A function of the JSON of items and scores (`texts.Ranked`), offset and time of the event.
@@ -281,7 +285,12 @@ def list_writer(shell: TopList) -> Callable[[bytes, int, int], bytes]:
     whole = b'%s%%b%s"offset":%%d,"event_ms":%%d%s' % tuple(
         part.replace(b"%", b"%%") for part in (before, middle, after)
     )
-    return lambda text, offset, event_ms: whole % (text, offset, event_ms)
+    if scores:
+        return lambda text, offset, event_ms: whole % (text, offset, event_ms)
+    # No id holds these bytes: a quote within one is escaped.
+    return lambda text, offset, event_ms: (
+        whole % (text[: text.rindex(_SCORES)] + _SCORES + b"]", offset, event_ms)
+    )
 
 
 def stamp_list(body: bytes, written_ms: int) -> bytes:
@@ -293,6 +302,29 @@ def without_stamp(data: bytes) -> bytes:
     """A stored list as `encode_list` made it: what comparisons use."""
     at = data.rfind(_WRITTEN)
     return data if at < 0 else data[:at] + b"}"
+
+
+def compress_list(stamped: bytes) -> bytes:
+    """A list as it stands in Redis under `list_compression=zlib`: any inflate reads it."""
+    # A window as small as a list: zlib's own of 32 KB takes four times as long to set up.
+    packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW_BITS)
+    return packer.compress(stamped) + packer.flush()
+
+
+def plain_list(stored: bytes, where: str) -> bytes:
+    """JSON of a list that stands in Redis, compressed or not.
+
+    Raises:
+        ContractError: it is neither; `where` names it.
+    """
+    if stored[:1] in (b"{", b""):
+        return stored
+    try:
+        return zlib.decompress(stored)
+    except zlib.error as error:
+        raise ContractError(
+            f"{where}: expected JSON or zlib, got {stored[:8]!r}…: {error}", reason="list"
+        ) from error
 
 
 def decode_stored(data: bytes, kind: type[T], where: str) -> T:

@@ -16,7 +16,14 @@ from afterclick.serving.address import safe_url
 from afterclick.serving.connection import CLUSTER_ERRORS, cluster_error, connect, refusal
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import Keys, Meta
-from afterclick.serving.records import Head, InputsEntry, decode_stored, stamp_list
+from afterclick.serving.records import (
+    Head,
+    InputsEntry,
+    compress_list,
+    decode_stored,
+    plain_list,
+    stamp_list,
+)
 from afterclick.serving.scripts import CLEAR, COMMIT, RENEW, SWITCH, UNAVAILABLE
 
 
@@ -45,6 +52,7 @@ class Standing(NamedTuple):
 
     record: bytes | None
     list_data: bytes | None
+    """Its JSON, however it is stored."""
     due: Due | None
 
 
@@ -98,6 +106,7 @@ class Store:
         keys: names of the namespace.
         record_ttl_s: seconds after its last write when a user's record and list may go.
         popularity_ttl_s: the same for an hour's popularity.
+        compress_lists: write lists under zlib; both kinds are read.
         clock_ms: what lists are stamped with.
         client: instead of a connection to `url`: the simulation brings its own.
     """
@@ -109,6 +118,7 @@ class Store:
         *,
         record_ttl_s: int,
         popularity_ttl_s: int,
+        compress_lists: bool = False,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         client: Any = None,
     ) -> None:
@@ -117,6 +127,7 @@ class Store:
         self.record_ttl_s = record_ttl_s
         self.popularity_ttl_s = popularity_ttl_s
         self._clock_ms = clock_ms
+        self._compress_lists = compress_lists
         self.observe_s: Callable[[float], None] = lambda _: None
         """Told how long each call took, answer included."""
         self._redis: Any = connect(url, keys.layout) if client is None else client
@@ -129,6 +140,13 @@ class Store:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
+
+    def packed(self, list_body: bytes, written_ms: int) -> bytes:
+        """A list as it is stored; empty stays empty."""
+        if not list_body:
+            return b""
+        stamped = stamp_list(list_body, written_ms)
+        return compress_list(stamped) if self._compress_lists else stamped
 
     def read(self, partition: int, user_ids: Sequence[str]) -> Read:
         """Head and users' records in one MGET; one by one they would be of different moments."""
@@ -227,7 +245,7 @@ class Store:
             names.append(keys.user(partition, user_id))
             names.append(keys.top(partition, user_id))
             args.append(record)
-            args.append(stamp_list(list_body, written_ms) if list_body else b"")
+            args.append(self.packed(list_body, written_ms))
             args.append(b"%d %d %d" % due if due else b"")
         for hour in commit.popularity:
             names.append(keys.popularity(partition, hour.bucket))
@@ -298,7 +316,11 @@ class Store:
         (head, *found), marks = self._call(transaction)
         dues = [Due(*map(int, mark.split())) if mark else None for mark in marks]
         middle = len(user_ids)
-        return head or b"", list(map(Standing, found[:middle], found[middle:], dues))
+        plain = [
+            data and plain_list(data, name)
+            for name, data in zip(lists, found[middle:], strict=True)
+        ]
+        return head or b"", list(map(Standing, found[:middle], plain, dues))
 
     def renew(self, partition: int, expected: bytes, users: Sequence[UserWrite]) -> bytes | None:
         """Write lists, and records rebuilt for them, if the stored head is the one expected.
@@ -317,7 +339,7 @@ class Store:
         for user in users:
             names.append(self.keys.user(partition, user.user_id))
             names.append(self.keys.top(partition, user.user_id))
-            args += [user.record, stamp_list(user.list_body, written_ms)]
+            args += [user.record, self.packed(user.list_body, written_ms)]
         answer: bytes = self._call(lambda: self._renew(keys=names, args=args))
         return None if answer == b"OK" else answer
 
@@ -419,7 +441,7 @@ class Store:
 
     def write_fallback(self, list_body: bytes) -> None:
         """The list of users without one."""
-        data = stamp_list(list_body, self._clock_ms())
+        data = self.packed(list_body, self._clock_ms())
         self._call(lambda: self._redis.set(self.keys.fallback, data))
 
     def write_unavailable(

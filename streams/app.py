@@ -429,7 +429,7 @@ class Worker:
         body = encode_list(
             TopList(
                 items=ranked.items,
-                scores=ranked.scores,
+                scores=ranked.scores if self.serving.list_scores else [],
                 source="model" if blended else "popularity",
                 release=serving.name,
                 publication=serving.publication,

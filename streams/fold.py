@@ -426,7 +426,8 @@ def _list_writer(
             offset=0,
             event_ms=0,
             signals=inputs.signals,
-        )
+        ),
+        scores=inputs.rules.list_scores,
     )
 
 

@@ -52,6 +52,7 @@ def new_store(serving: ServingSettings, keys: Keys, kind: type[S]) -> S:
         keys,
         record_ttl_s=serving.record_ttl_s,
         popularity_ttl_s=2 * window_s + 86400,
+        compress_lists=serving.list_compression == "zlib",
     )
 
 

@@ -1,6 +1,7 @@
 """The store on a real Redis, and the tests' in-memory double held to the same promises."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from afterclick.serving.connection import connect
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Layout
+from afterclick.serving.reader import TopK
 from afterclick.serving.records import (
     Head,
     InputsEntry,
@@ -161,6 +163,33 @@ def test_a_full_record_needs_at_most_2_kb_of_redis(
     user = "user-0123456789abcdef"
     real.commit(12, b"", head(1), None, [UserWrite(user, encode_record(record), LIST)], [])
     assert client.memory_usage(f"{{{namespace}:12}}:u:{user}") <= 2048
+
+
+@on_both
+def test_compressed_lists_are_read_as_if_they_were_not(
+    place: str, layout: Layout, namespace: str, real: Store, client: Any
+) -> None:
+    """Workers with and without the setting share a namespace while one after the other restarts."""
+    store = Store(
+        place,
+        Keys(namespace, layout=layout),
+        record_ttl_s=1000,
+        popularity_ttl_s=500,
+        compress_lists=True,
+    )
+    store.commit(3, b"", head(1), entry(0), [UserWrite("u1", b"one", LIST)], [])
+    real.commit(3, encoded(head(1)), head(2), None, [UserWrite("u2", b"two", LIST)], [])
+    one, two = (client.get(store.keys.top(3, user)) for user in ("u1", "u2"))
+    assert without_stamp(zlib.decompress(one)) == without_stamp(two) == LIST
+    for each in (store, real):
+        _, standing = each.read_standing(3, ["u1", "u2"])
+        assert [without_stamp(user.list_data or b"") for user in standing] == [LIST, LIST]
+    assert store.renew(3, encoded(head(2)), [UserWrite("u2", b"", LIST)]) is None
+    assert without_stamp(zlib.decompress(client.get(store.keys.top(3, "u2")))) == LIST
+    store.write_fallback(LIST)
+    with TopK(place, namespace=namespace, layout=layout) as top:
+        assert top.get("nobody").items == msgspec.json.decode(LIST)["items"]
+    store.close()
 
 
 @on_both

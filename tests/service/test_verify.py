@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from afterclick.serving.cli import main
+from afterclick.serving.reader import TopK
 from afterclick.serving.records import TopList
 from afterclick.serving.settings import ListRules
 from afterclick.streams.admin import check_topics
@@ -72,6 +73,27 @@ def folder_on(stage: Stage, partition: int, releases: Releases) -> PartitionFold
     reader.close()
     fold.open(LogEdges(check_topics(stage.streams).clicks_id, *edges), lambda offset: None)
     return fold
+
+
+def test_short_lists_are_verified_rebuilt_and_read(stage: Stage, client: redis.Redis) -> None:
+    """Compressed, and without scores from some click on: the replay follows both."""
+    stage.publish("r1", seed=1)
+    with stage.worker(AFTERCLICK_SERVING__LIST_COMPRESSION="zlib"):
+        stage.send(some_clicks(100))
+        stage.wait_folded()
+    assert stage.verify().first_difference is None
+    stage.serving = msgspec.structs.replace(
+        stage.serving, list_scores=False, list_compression="zlib"
+    )
+    with stage.worker():
+        stage.send(some_clicks(100, start=1000))
+        stage.wait_folded()
+        with TopK(stage.serving.redis, namespace=stage.serving.namespace) as top:
+            answer = top.get("u7", k=10)
+    assert (len(answer.items), answer.scores) == (10, [])
+    assert not any(client.get(stage.keys.top_of(f"u{n}")).startswith(b"{") for n in range(40))
+    found = stage.verify()
+    assert (found.first_difference, found.lists) == (None, 40)
 
 
 def test_every_kind_of_damage_is_found_and_named(folded: Stage, client: redis.Redis) -> None:

@@ -9,7 +9,7 @@ import pytest
 from afterclick.serving.errors import ConfigError, ContractError, UnavailableError
 from afterclick.serving.keys import Keys, Meta, partition_of
 from afterclick.serving.lookup import Lookup, Plan
-from afterclick.serving.records import Head, TopList
+from afterclick.serving.records import Head, TopList, compress_list
 
 
 class Clock:
@@ -379,3 +379,16 @@ def test_an_epochs_keys_are_nobody_elses() -> None:
     found = re.fullmatch(one.partition_key(), one.user(12, "a}:u:b").encode(), re.DOTALL)
     assert found is not None
     assert found.groups() == (b"12", b"u:a}:u:b")
+
+
+def test_a_list_without_scores_is_answered_without_them(lookup: Lookup, redis: Redis) -> None:
+    """`list_scores=false`; what became unavailable is dropped all the same."""
+    bare = msgspec.structs.replace(
+        msgspec.json.decode(a_list("a", "b", "c"), type=TopList), scores=[]
+    )
+    redis.values = {
+        "t:top:u": compress_list(msgspec.json.encode(bare)), "{t}:unavailable:version": b"1"
+    }  # fmt: skip
+    redis.members = {b"a"}
+    (top,) = redis.answer(lookup.tops(["u"], 1))
+    assert (top.items, top.scores) == (["b"], [])

@@ -1,6 +1,7 @@
 """Codecs round-trip, refuse what they cannot read, and stay within their bytes."""
 
 import os
+import zlib
 
 import msgspec
 import pytest
@@ -14,12 +15,14 @@ from afterclick.serving.records import (
     Interaction,
     TopList,
     UserRecord,
+    compress_list,
     decode_record,
     encode_list,
     encode_record,
     is_repeat,
     list_writer,
     pack_interaction,
+    plain_list,
     repeat_tag,
     stamp_list,
     unpack_interactions,
@@ -146,6 +149,24 @@ def test_lists_around_their_text_are_those_encoded_whole(
         shell, items=ranked.items, scores=ranked.scores, offset=offset, event_ms=offset + 1
     )
     assert list_writer(shell)(ranked.text, offset, offset + 1) == encode_list(whole)
+    bare = msgspec.structs.replace(whole, scores=[])
+    assert list_writer(shell, scores=False)(ranked.text, offset, offset + 1) == encode_list(bare)
+
+
+@given(st.lists(st.text(min_size=1, max_size=9)))
+def test_a_compressed_list_reads_as_the_one_that_was_compressed(items: list[str]) -> None:
+    """Readers are told nothing of how workers store lists."""
+    stamped = msgspec.json.encode({"items": items, "scores": [1.25] * len(items), "written_ms": 7})
+    assert plain_list(compress_list(stamped), "t:top:u") == stamped
+    assert plain_list(stamped, "t:top:u") == stamped
+    assert zlib.decompress(compress_list(stamped)) == stamped
+
+
+@pytest.mark.parametrize("data", [b"x", b"\x38\x11", compress_list(b"{}" * 40)[:-3]])
+def test_what_is_no_list_is_named(data: bytes) -> None:
+    """Cut short, or written by something else: nothing may be guessed for it."""
+    with pytest.raises(ContractError, match="t:top:u: expected JSON or zlib"):
+        plain_list(data, "t:top:u")
 
 
 @given(st.binary(max_size=40))

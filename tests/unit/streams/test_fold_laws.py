@@ -239,6 +239,19 @@ def test_filtered_items_never_return(release: LoadedRelease) -> None:
             assert not seen & set(msgspec.json.decode(body, type=TopList).items)
 
 
+def test_lists_without_scores_are_the_same_lists(release: LoadedRelease) -> None:
+    """With a release and by popularity; records and order know nothing of it."""
+    rules = msgspec.structs.replace(RULES, list_scores=False)
+    for serving in (serving_of(release), serving_of(None)):
+        full, bare = (run(log_of(some_clicks(60, seed=3)), serving, [17], told) for told in (RULES, rules))
+        assert full.records == bare.records
+        for user, body in full.lists.items():
+            whole = msgspec.json.decode(body, type=TopList)
+            expected = msgspec.structs.replace(whole, scores=[])
+            assert whole.scores
+            assert msgspec.json.decode(bare.lists[user], type=TopList) == expected
+
+
 def test_a_new_publication_rebuilds_the_state_whenever_the_user_comes_back(
     release: LoadedRelease, tmp_path: Path
 ) -> None:
