@@ -1,8 +1,10 @@
 """Reads under open load, beside full write load and in peace: `python -m benchmarks.reads`.
 
 Two ways to a list, each from separate processes (`readers.py`): `TopK.get`, and `afterclick api`
-over keep-alive HTTP. Full write load is a worker that drains a backlog all the while. Prints the
-machine, a table, one JSON line.
+over keep-alive HTTP. Full write load is a worker that drains a backlog all the while; once as it
+is, once with a tenth of the others' weight on the cores (nice 10), so that whoever reads finds one
+at once.
+Prints the machine, a table, one JSON line.
 """
 
 import argparse
@@ -33,6 +35,13 @@ BEGIN_IN_S = 0.2
 PROCESSES = {"redis": 4, "http": 2}
 """`TopK.get` blocks, so one process would queue its own reads; HTTP needs fewer."""
 COMPARED_USERS = 50
+NICE = 10
+"""Priority of the worker under `beside_nice_writes`; all others have 0."""
+LOADS = {
+    "beside_writes": "beside writes",
+    "beside_nice_writes": f"beside writes at nice {NICE}",
+    "in_peace": "in peace",
+}
 
 
 def measure(
@@ -136,7 +145,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ("redis", "http"):
-        for load, words in (("beside_writes", "beside writes"), ("in_peace", "in peace")):
+        for load, words in LOADS.items():
             one = result[name][load]
             shown = ("p50", "p99", "p99_9", "max", "reader_lag_p99", "call_p99")
             cells = " | ".join(str(one[q]) for q in shown)
@@ -162,12 +171,14 @@ def run(options: Options, folder: Path, *, rate: float) -> dict[str, Any]:
             env={**os.environ, **stage.worker_env},
         ).start()
         try:
-            with local_worker(stage.worker_env, folder):
+            with local_worker(stage.worker_env, folder) as worker:
                 while stage.applied() < options.warm_up:
                     time.sleep(0.02)
                 api.wait_until(lambda: _answers(port), 30.0)
-                for load in ("beside_writes", "in_peace"):
-                    for how in ("redis", "http"):
+                for load in LOADS:
+                    if load == "beside_nice_writes":
+                        _make_nice(worker.process.pid)
+                    for how in result:
                         result[how][load] = measure(
                             stage,
                             how,
@@ -177,7 +188,7 @@ def run(options: Options, folder: Path, *, rate: float) -> dict[str, Any]:
                             warm_up_s=options.latency_warm_up_s,
                             port=port,
                         )
-                    if load == "beside_writes":
+                    if load == "beside_nice_writes":
                         if stage.applied() >= options.clicks:
                             failures.append("the backlog ended before the reads: raise --clicks")
                         while stage.applied() < options.clicks:
@@ -203,6 +214,14 @@ def _compared(stage: Ground, port: int) -> list[str]:
             if (answer.items, answer.offset) != (own.items, own.offset):
                 return [f"http: the list of {user} is not the one in Redis"]
     return []
+
+
+def _make_nice(pid: int) -> None:
+    """The whole process group, and its session where the kernel weighs sessions first."""
+    os.setpriority(os.PRIO_PGRP, pid, NICE)
+    autogroup = Path(f"/proc/{pid}/autogroup")
+    if autogroup.exists():
+        autogroup.write_text(str(NICE))
 
 
 def _made(folder: Path) -> Path:

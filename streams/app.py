@@ -176,6 +176,12 @@ class Worker:
         for tp in sorted(tps):
             if tp.partition not in self.held:
                 self.held[tp.partition] = HeldPartition(self._new_fold(tp.partition), self._shared)
+        if not self.held:
+            log.warning(
+                "no partition of %s is left for this worker: it has %d, and as many others of "
+                "group %s hold them; it stands by",
+                self.streams.clicks_topic, self.topics.clicks_partitions, self.streams.group,
+            )  # fmt: skip
 
     async def revoked(self, tps: set[TP]) -> None:
         """Give partitions back: the write in hand ends, what waits is left to others."""

@@ -1,11 +1,13 @@
 """`afterclick worker --processes`: several workers under one command."""
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from kafka.admin import KafkaAdminClient
 
@@ -34,8 +36,8 @@ def children_of(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def several(stage: Stage) -> Iterator[Worker]:
-    with stage.worker(AFTERCLICK_STREAMS__PROCESSES=str(NUM)) as worker:
+def several(stage: Stage, num: int = NUM) -> Iterator[Worker]:
+    with stage.worker(AFTERCLICK_STREAMS__PROCESSES=str(num)) as worker:
         yield worker
 
 
@@ -93,6 +95,39 @@ def test_a_place_in_the_group_waits_for_a_killed_process_and_for_none_that_was_s
             assert members() == set()
 
 
+@pytest.mark.kafka
+def test_named_by_hand_they_keep_their_places_over_a_restart(stage: Stage) -> None:
+    """`INSTANCE`: who comes back within the session goes on where it was, and nobody else of the
+    group notices.
+    """
+    stage.publish("first", seed=1)
+    clicks = some_clicks(40)
+    with contextlib.closing(KafkaAdminClient(**client_config(stage.streams))) as admin:
+
+        def places() -> dict[str, str]:
+            (group,) = admin.describe_groups([stage.streams.group]).values()
+            return {
+                member["group_instance_id"]: str(member["member_assignment"])
+                for member in group["members"]
+            }
+
+        stage.streams = msgspec.structs.replace(
+            stage.streams, instance="shop", session_timeout_s=30.0
+        )
+        with several(stage) as worker:
+            stage.send(clicks[:20])
+            stage.wait_folded()
+            before = places()
+            assert sorted(before) == ["shop-0", "shop-1"]
+            assert worker.process.terminate(30) == 0
+        assert places() == before
+        stage.send(clicks[20:])
+        with several(stage):
+            stage.wait_folded()
+            assert places() == before
+    assert stage.verify().differences == 0
+
+
 def test_none_outlives_a_command_that_is_killed(stage: Stage) -> None:
     """They would hold partitions and ports beside those of the command's next start."""
     with several(stage) as worker:
@@ -125,3 +160,23 @@ def test_what_an_operator_must_change_ends_all(
         assert words in process.tail()
     finally:
         process.kill()
+
+
+@pytest.mark.kafka
+def test_who_gets_no_partition_says_so_and_stands_by(stage: Stage) -> None:
+    """A process more than there are partitions idles for ever: somebody must hear of it. On tansu,
+    which forgets static members' ids at every rebalance, three of them never settle.
+    """
+    stage.publish("first", seed=1)
+    with several(stage, 3) as worker:
+        stage.send(some_clicks(40))
+        stage.wait_folded()
+        held = [len(json.loads(readiness(port)[1])["partitions"]) for port in worker.ports]
+        assert sorted(held) == [0, 1, 1]
+        said = worker.process.log.read_text()
+        topic, group = stage.streams.clicks_topic, stage.streams.group
+        assert (
+            f"no partition of {topic} is left for this worker: it has 2, and as many others of "
+            f"group {group} hold them" in said
+        )
+    assert stage.verify().differences == 0

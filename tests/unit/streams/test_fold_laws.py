@@ -243,7 +243,9 @@ def test_lists_without_scores_are_the_same_lists(release: LoadedRelease) -> None
     """With a release and by popularity; records and order know nothing of it."""
     rules = msgspec.structs.replace(RULES, list_scores=False)
     for serving in (serving_of(release), serving_of(None)):
-        full, bare = (run(log_of(some_clicks(60, seed=3)), serving, [17], told) for told in (RULES, rules))
+        full, bare = (
+            run(log_of(some_clicks(60, seed=3)), serving, [17], told) for told in (RULES, rules)
+        )
         assert full.records == bare.records
         for user, body in full.lists.items():
             whole = msgspec.json.decode(body, type=TopList)
