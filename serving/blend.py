@@ -265,13 +265,10 @@ def gather(
         look = scanner.look(query_BD, _depth(spec, want, drops))
     past, sessions = past_of(contexts, memory), memory.neighbours
     own = scratch(memory.num_items, len(sessions.start_S1))
-    popular_X = memory.popular if spec.popular else memory.popular[:0]
-    if spec.touched:
-        popular_X = np.concatenate([popular_X, memory.touched(spec.touched)])
     found = name_candidates(
         Sizes(
-            model=max(spec.model, 1),
-            best=max(spec.model, want),
+            model=spec.model,
+            want=want,
             neighbours=spec.neighbours,
             sessions=spec.sessions,
             nearest=spec.nearest,
@@ -279,6 +276,7 @@ def gather(
             own=spec.own,
             older=spec.older,
             newest=spec.newest,
+            popular=spec.popular,
         ),
         past,
         Best(
@@ -291,7 +289,8 @@ def gather(
         _left(drops, len(contexts), rows, memory),
         sessions,
         memory.next.read(),
-        popular_X,
+        memory.popular,
+        memory.touched(spec.touched) if spec.touched else memory.popular[:0],
         rows.published,
         memory.hash_N,
         own,

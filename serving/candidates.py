@@ -122,9 +122,8 @@ class Sizes(NamedTuple):
     """How many candidates each source names; see `manifest.BlendSpec`."""
 
     model: int
-    """At least 1."""
-    best: int
-    """Of the model, candidates that it ranks behind `model` included."""
+    want: int
+    """Candidates of a user at least; where all sources name fewer, the model's next ones follow."""
     neighbours: int
     sessions: int
     nearest: int
@@ -132,6 +131,8 @@ class Sizes(NamedTuple):
     own: int
     older: int
     newest: int
+    popular: bool
+    """Whether everybody is offered what is popular, or only who has no past that is known."""
 
 
 class Scratch(NamedTuple):
@@ -299,6 +300,7 @@ def name_candidates(
     sessions: Sessions,
     trail: Trail,
     popular_X: I64,
+    touched_X: I64,
     published: Published,
     hash_N: U64,
     scratch: Scratch,
@@ -312,7 +314,8 @@ def name_candidates(
         left: what is left out.
         sessions: where neighbours are looked for.
         trail: what came right after an item.
-        popular_X: codes that everybody is offered.
+        popular_X: what is popular.
+        touched_X: codes that everybody is offered.
         published: what came out when.
         hash_N: decides among equals, where codes must not.
         scratch: of at least so many codes and sessions.
@@ -321,13 +324,14 @@ def name_candidates(
     hidden_N, row_N, sum_N, item_A = left.hidden_N, scratch.row_N, scratch.sum_N, trail.item_A
     rarity_N = sessions.rarity_N
     num_users, width = score_BK.shape
-    room = sizes.best + sizes.neighbours + sizes.followers + 2 * sizes.older + sizes.own
-    room = num_users * (room + len(popular_X) + sizes.newest)
+    of_model, ranked = max(sizes.model, 1), max(sizes.model, sizes.want)
+    room = ranked + sizes.neighbours + sizes.followers + 2 * sizes.older + sizes.own
+    room = num_users * (room + len(popular_X) + len(touched_X) + sizes.newest)
     code_R, source_R = np.empty(room, np.int64), np.empty(room, np.uint8)
-    place_R = np.full(room, sizes.model)
+    place_R = np.full(room, of_model)
     begin_B1, norm_B = np.zeros(num_users + 1, np.int64), np.full(num_users, masked)
     near_R, near_B = np.empty(room), np.zeros(num_users)
-    code_C, place_C = np.empty(sizes.best, np.int64), np.empty(sizes.best, np.int64)
+    code_C, place_C = np.empty(ranked, np.int64), np.empty(of_model, np.int64)
     session_X = np.empty(LAST * sizes.sessions + 1, np.int64)
     position_X = np.empty(LAST * sizes.sessions + 1, np.int64)
     code_G = np.empty(sizes.nearest * (PIECE - 1) + 1, np.int64)
@@ -341,12 +345,12 @@ def name_candidates(
 
         # A cut inside a group of equal scores would go by row: leave that group out. Where the cut
         # is depends on the user alone, however deep others make the scan.
-        depth = sizes.best + left.num_B[user] + 1
+        depth = ranked + left.num_B[user] + 1
         edge = score_BK[user, min(depth, width) - 1]
         place, shared, top, before, mass = 0, 0, 0.0, np.inf, 0.0
         for at in range(width):
             score, code = score_BK[user, at], code_of_row[row_BK[user, at]]
-            if score <= masked / 2 or (score <= edge and depth < num_rows) or place == sizes.best:
+            if score <= masked / 2 or (score <= edge and depth < num_rows) or place == ranked:
                 break
             if code < 0 or row_N[code] < 0:
                 continue
@@ -354,16 +358,15 @@ def name_candidates(
                 top = score
             if score != before:
                 shared, before = place, score
-            if place < sizes.model:
+            if place < of_model:
                 mass += math.exp(score - top)
-            code_C[place], place_C[place] = code, min(shared, sizes.model)
+                place_C[place] = shared
+            code_C[place] = code
             place += 1
         if place > 0:
             norm_B[user] = top + math.log(mass)
-        num = _name(code_C[:place], _MODEL, hidden_N, row_N, code_R, source_R, num)
-        for at in range(place):
-            if row_N[code_C[at]] > 0:
-                place_R[row_N[code_C[at]] - 1] = place_C[at]
+        named = min(sizes.model, place)
+        num = _name(code_C[:named], _MODEL, hidden_N, row_N, code_R, source_R, num)
 
         for step in range(3):
             if item_L[step] >= 0:
@@ -372,7 +375,9 @@ def name_candidates(
                 code_E = item_A[end - most : end].astype(np.int64)
                 num = _name(code_E, _TRANSITIONS, hidden_N, row_N, code_R, source_R, num)
         num = _name(item_L[: sizes.own], _REPEATS, hidden_N, row_N, code_R, source_R, num)
-        num = _name(popular_X, _POPULARITY, hidden_N, row_N, code_R, source_R, num)
+        if sizes.popular or (item_L < 0).all():
+            num = _name(popular_X, _POPULARITY, hidden_N, row_N, code_R, source_R, num)
+        num = _name(touched_X, _POPULARITY, hidden_N, row_N, code_R, source_R, num)
         num_near = near_items(
             sessions,
             item_L,
@@ -396,6 +401,13 @@ def name_candidates(
         end = np.searchsorted(published.sorted_ms, past.now_ms_B[user], side="right")
         code_E = published.sorted_code[max(end - sizes.newest, 0) : end]
         num = _name(code_E, _PUBLICATION, hidden_N, row_N, code_R, source_R, num)
+        while num - begin_B1[user] < sizes.want and named < place:
+            code_E = code_C[named : named + 1]
+            num = _name(code_E, _MODEL, hidden_N, row_N, code_R, source_R, num)
+            named += 1
+        for at in range(min(place, of_model)):
+            if row_N[code_C[at]] > 0:
+                place_R[row_N[code_C[at]] - 1] = place_C[at]
 
         for row in range(begin_B1[user], num):
             near_R[row] = sum_N[code_R[row]]

@@ -101,20 +101,20 @@ class BlendSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     features: list[str]
     """Columns of `blend.onnx`'s input, in order; names are those of serving/features.py."""
-    model: Annotated[int, Meta(ge=0, le=1000)] = 80
-    """Best items by the model's own score; 0 leaves the model out."""
-    neighbours: Annotated[int, Meta(ge=0, le=1000)] = 80
+    model: Annotated[int, Meta(ge=0, le=1000)] = 60
+    """Best items by the model's own score; more of them where a list would be too short."""
+    neighbours: Annotated[int, Meta(ge=0, le=1000)] = 40
     """Best items of the session neighbours."""
     sessions: Annotated[int, Meta(ge=0, le=10_000)] = 256
     """Newest past sessions looked at for an item of the user's."""
     nearest: Annotated[int, Meta(ge=0, le=1000)] = 100
     """Session neighbours of a user."""
-    followers: Annotated[int, Meta(ge=0, le=256)] = 96
+    followers: Annotated[int, Meta(ge=0, le=256)] = 48
     """Newest transitions out of the last item whose items are candidates."""
     own: Annotated[int, Meta(ge=0, le=32)] = 20
     """The user's own last items."""
     popular: bool = True
-    """What is popular by any measure."""
+    """What is popular by any measure; else only who has no past that is known is offered it."""
     older: Annotated[int, Meta(ge=0, le=256)] = 0
     """Newest transitions out of the second and the third last item."""
     touched: Annotated[int, Meta(ge=0, le=256)] = 0

@@ -71,7 +71,7 @@ def blend_of(
         question = _validation_question(world, data, asked, fitted, settings, serving)
         timed = question.asked.time_X is not None
         blend = fit_blend([question], len(question.asked.target_X), settings, timed=timed)
-    teller.stage("blend", helps=blend.helps, **headlines(blend.judged))
+    teller.stage("blend", helps=blend.helps, without=blend.without, **headlines(blend.judged))
     return blend
 
 

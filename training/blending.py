@@ -33,6 +33,13 @@ from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_inte
 from afterclick.serving.rows import Rows, rows_of
 from afterclick.serving.scanner import Scanner
 from afterclick.training.blend_graph import CLIP, blend_graph
+from afterclick.training.candidate_sources import (
+    ALL_SOURCES,
+    MODEL_SOURCE,
+    names_of,
+    needed,
+    only,
+)
 from afterclick.training.data import UNKNOWN, Held
 from afterclick.training.denormals import flushed
 from afterclick.training.evaluate import LIST
@@ -74,8 +81,12 @@ WITHOUT: dict[str, tuple[str, ...]] = {
 }
 """What an ablation leaves out, by its row's name; candidates that only this source names, too."""
 
-ALL_SOURCES = (1 << len(SOURCES)) - 1
-MODEL_SOURCE = 1 << SOURCES.index("model")
+PROBED = 0.2, 0.3
+"""Where in the predictions, in order of time, those stand that decide about sources of candidates:
+by a network fitted on what comes before them, so that most are described with what is needed only.
+"""
+PROBES_MIN = 500
+"""Fewer decide nothing: all sources stay."""
 
 LIVE = (64, 80, 60)
 """`older`, `touched` and `newest` of the spec: further candidates where the memory is live. On the
@@ -136,6 +147,8 @@ class Fitted(NamedTuple):
     """Rates on the judged fifth: `model_judged`, `blend`, `blend_without_…`."""
     sample_RF: F32
     """Some rows with all features, for the self-test."""
+    without: list[str]
+    """Sources of candidates that this log does without."""
 
     @property
     def helps(self) -> bool:
@@ -266,14 +279,21 @@ def fit_blend(
     )
     judged: list[_Judged] = []
     model_ranks: list[int] = []
-    described = _described(stages, spec, arrivals)
+    kept, (probe_from, probe_to) = ALL_SOURCES, (round(share * num) for share in PROBED)
+    described = _described(stages, lambda: spec, arrivals)
     for place, (_, target, own, source_R, codes) in enumerate(described):
+        if place == probe_to:
+            if len(judged) >= PROBES_MIN:
+                kept = _needed(examples, np.arange(probe_from), columns_of(names), judged, settings)
+                spec = only(spec, kept)
+            judged = []
         at = np.flatnonzero(codes == target)
+        if probe_from <= place < probe_to or place >= late_from:
+            judged.append((own.astype(np.float16), source_R, int(at[0]) if len(at) else -1))
         if place >= late_from:
             # Exact as far as `spec.model`: whatever the model ranks above a target is a candidate.
             score_R = own[:, columns_of(["model"])[0]]
             model_ranks.append(int((score_R >= score_R[at[0]]).sum()) if len(at) else MISS)
-            judged.append((own.astype(np.float16), source_R, int(at[0]) if len(at) else -1))
         if len(at):
             others = rng.permutation(len(codes))[: NEGATIVES + 1]
             rows = np.concatenate([at, others[others != at[0]][:NEGATIVES]])
@@ -286,15 +306,16 @@ def fit_blend(
     rates_by = {"model_judged": rates(np.array(model_ranks, np.int64))}
     for row, left_out in wanted.items():
         columns = columns_of([name for name in names if name not in left_out])
-        sources = sum(
+        sources = kept & sum(
             1 << bit for bit, source in enumerate(SOURCES) if WITHOUT.get(source) != left_out
         )
         early = _fit_one(examples, np.arange(late_from), columns, sources, settings)
-        rates_by[row] = rates(_judge(early, columns, sources, judged))
+        rates_by[row] = rates(_ranks(_scored(early, columns, judged), judged, sources))
         nets[row] = _fit_one(examples, np.arange(num), columns, sources, settings)
         scorers[row] = Scorer(partial(_score, nets[row], columns), sources)
     sample_RF = np.ascontiguousarray(examples.feature_XKF[:8, :8].reshape(64, -1), np.float32)
-    return Fitted(spec, nets["blend"], scorers, rates_by, sample_RF)
+    without = names_of(ALL_SOURCES & ~kept)
+    return Fitted(spec, nets["blend"], scorers, rates_by, sample_RF, without)
 
 
 def blend_rankings(
@@ -311,7 +332,7 @@ def blend_rankings(
         name: Ranking(np.full(num, MISS), np.full((num, LIST), NOTHING, np.int64))
         for name in scorers
     }
-    described = _described([Stage(asked, knowledge)], spec, arrivals)
+    described = _described([Stage(asked, knowledge)], lambda: spec, arrivals)
     for number, target, own, source_R, codes in described:
         for name, scorer in scorers.items():
             kept = np.flatnonzero(source_R & scorer.sources)
@@ -345,7 +366,7 @@ def graph_of(net: Net) -> bytes:
 
 
 def _described(
-    stages: Iterable[Stage], spec: BlendSpec, arrivals: Arrivals | None
+    stages: Iterable[Stage], spec: Callable[[], BlendSpec], arrivals: Arrivals | None
 ) -> Iterator[tuple[int, int, F32, npt.NDArray[np.uint8], I64]]:
     """Number, target, features, sources and codes of every prediction's candidates.
 
@@ -361,7 +382,7 @@ def _described(
                 until = int(np.searchsorted(arrivals[1], asked.time_X[part[0]]))
                 memory.take(*(column[taken:until] for column in arrivals))
                 taken = max(taken, until)
-            found = _candidates(asked, part, memory, rows, scanner, spec)
+            found = _candidates(asked, part, memory, rows, scanner, spec())
             pool, feature_RF = found.pool, np.ascontiguousarray(found.feature_RF)
             for at, number in enumerate(part.tolist()):
                 own = slice(pool.begin_B1[at], pool.begin_B1[at + 1])
@@ -441,13 +462,29 @@ def _fit_one(
     return net
 
 
-def _judge(net: Net, columns: list[int], sources: int, judged: Sequence[_Judged]) -> I64:
+def _needed(
+    examples: _Examples,
+    part_X: I64,
+    columns: list[int],
+    probes: Sequence[_Judged],
+    settings: TrainingSettings,
+) -> int:
+    """Sources of candidates, by a network that is fitted on some of the examples."""
+    net = _fit_one(examples, part_X, columns, ALL_SOURCES, settings)
+    scores = _scored(net, columns, probes)
+    return needed(lambda sources: _ranks(scores, probes, sources))
+
+
+def _scored(net: Net, columns: list[int], judged: Sequence[_Judged]) -> list[F32]:
+    return [_score(net, columns, own.astype(np.float32)) for own, _, _ in judged]
+
+
+def _ranks(scores: Sequence[F32], judged: Sequence[_Judged], sources: int) -> I64:
+    """Of what was clicked, among the candidates that some of these sources name."""
     rank_X = np.full(len(judged), MISS)
-    for number, (own, source_R, at) in enumerate(judged):
-        if at < 0 or not source_R[at] & sources:
-            continue
-        score_R = _score(net, columns, own.astype(np.float32))
-        rank_X[number] = ((score_R >= score_R[at]) & (source_R & sources > 0)).sum()
+    for number, (score_R, (_, source_R, at)) in enumerate(zip(scores, judged, strict=True)):
+        if at >= 0 and source_R[at] & sources:
+            rank_X[number] = ((score_R >= score_R[at]) & (source_R & sources > 0)).sum()
     return rank_X
 
 

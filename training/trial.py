@@ -21,13 +21,13 @@ from afterclick.serving.settings import ServingSettings
 from afterclick.streams.events import NO_ITEM_EVENTS
 from afterclick.training.baselines import drop_seen, evaluate_baselines
 from afterclick.training.blending import (
-    ALL_SOURCES,
     Knowledge,
     Scorer,
     asked_of,
     blend_rankings,
     model_at_zero,
 )
+from afterclick.training.candidate_sources import ALL_SOURCES
 from afterclick.training.data import (
     I64,
     UNKNOWN,

@@ -101,12 +101,15 @@ def named_slowly(world: World, user: int) -> dict[int, set[str]]:
     """A user's candidates and who named each."""
     memory, rows, spec, past = world.memory, world.rows, world.spec, world.past[user]
     dropped = {memory.code_of_hash.get(hash_) for hash_ in world.drops[user]}
+    ranked = [code for code, _ in model_slowly(world, user)]
     named: dict[str, list[int]] = {
-        "model": [code for code, _ in model_slowly(world, user)],
+        "model": ranked[: spec.model],
         "transitions": [],
         "repeats": [code for code in past[: spec.own] if code >= 0],
-        "popularity": memory.popular.tolist() if spec.popular else [],
+        "popularity": [],
     }
+    if spec.popular or all(code < 0 for code in past):
+        named["popularity"] += memory.popular.tolist()
     if spec.touched:
         named["popularity"] += memory.touched(spec.touched).tolist()
     for place, most in enumerate((spec.followers, spec.older, spec.older)):
@@ -124,6 +127,10 @@ def named_slowly(world: World, user: int) -> dict[int, set[str]]:
         for code in codes:
             if code not in dropped and not rows.hidden_N[code]:
                 found.setdefault(code, set()).add(source)
+    for code in ranked[spec.model :]:  # for a list that would be too short
+        if len(found) >= world.want:
+            break
+        found.setdefault(code, set()).add("model")
     return found
 
 

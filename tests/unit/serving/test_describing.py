@@ -38,7 +38,7 @@ def described_slowly(world: World, user: int, code: int, codes: list[int]) -> di
     best = model_slowly(world, user)
     num_model = max(spec.model, 1)
     mass = sum(math.exp(score) for _, score in best[:num_model])
-    places = {own: [s for _, s in best].index(score) for own, score in best}
+    places = {own: [s for _, s in best].index(score) for own, score in best[:num_model]}
     row = world.rows.row_N[code]
     score = float(world.score_BN[user, row]) if row >= 0 else float(MASKED)
     model = score - log(mass) if best else score - float(MASKED)
