@@ -10,13 +10,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from afterclick.streams.local import local_worker
+from afterclick.streams.local import Worker, local_worker
 from afterclick.streams.processes import Process
 from afterclick.streams.verify import verify
 from benchmarks import latency, rivals, swap
@@ -77,6 +77,8 @@ the worker and takes ten times as long a click as later.
 """
 LIVE_SHARES = (0.25, 0.125, 0.0625)
 """Live loads below half of the maximum, as shares of it."""
+BLEND_SHARES = (0.5, 0.25, 0.125)
+"""Live loads under a release with a blend, as shares of what it drains."""
 SWAP_SHARE = LIVE_SHARES[-1]
 """The load beside which releases are swapped; measured as long in peace just before, and after all
 others, since a swap leaves records to rebuild.
@@ -100,32 +102,19 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         _check_naive(stage, clicks, failures)
         _say("floor of an idle stream's latency: a consumer that does nothing")
         hop = latency.hop(stage, "hop", rate=IDLE_RATE, seconds=2 * options.seconds)
-        _say("worker with a blend: drain")
-        blended = stage.blended()
-        drain = _drain(blended)
-        with local_worker(blended.worker_env, folder):
-            blend_rate = drain.result()
-            _count(blended, failures)
-        _verify(blended, options.clicks, failures)
-        _say(f"worker with a blend: {blend_rate.clicks_per_s:.0f} clicks/s; one process: drain")
+        _say("one process: drain")
         alone = stage.in_one_process()
-        drain = _drain(alone)
+        drain = _drain(alone, options.clicks)
         with local_worker(alone.worker_env, folder):
             alone_rate = drain.result()
-            _count(alone, failures)
+            _count(alone, options.clicks, failures)
         _say(f"one process: {alone_rate.clicks_per_s:.0f} clicks/s; worker: drain")
-        drain = _drain(stage)
+        drain = _drain(stage, options.clicks)
         with local_worker(stage.worker_env, folder) as worker:
             rate = drain.result()
-            _count(stage, failures)
+            _count(stage, options.clicks, failures)
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; live load that warms the broker up")
-
-            def live(name: str, clicks_per_s: float, seconds: float, **more: Any) -> dict[str, Any]:
-                _say(f"latency, {name}: {clicks_per_s:.0f} clicks/s")
-                return latency.measure(
-                    stage, name, rate=clicks_per_s, seconds=seconds, worker=worker.process, **more
-                )
-
+            live = _live_on(stage, worker)
             whole, part = options.seconds, options.seconds / 2
             warm = live("warm", rate.clicks_per_s * WARM_SHARE, 3 * whole)
             idle = live("idle", IDLE_RATE, 2 * whole, linger_ms=0)
@@ -144,18 +133,28 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             )  # fmt: skip
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")
-            if not worker.process.running:
-                failures.append(f"worker: ended: {worker.process.tail()}")
-        timed = {"warm": warm, "idle": idle, "half load": loaded, "swaps": swapped, **ladder}
-        for name, found in timed.items():
-            if found["unseen"] or found["wrong_offset"]:
-                failures.append(
-                    f"latency, {name}: {found['unseen']} lists unseen, {found['wrong_offset']} "
-                    "that do not answer their click"
-                )
+            timed = {"warm": warm, "idle": idle, "half load": loaded, "swaps": swapped, **ladder}
+            sent = options.clicks + _checked(timed, worker, failures)
         _say("verify")
-        sent = sum(found["sent"] for found in timed.values())
-        _verify(stage, options.clicks + sent, failures)
+        _verify(stage, sent, failures)
+        _say("worker with a blend: drain")
+        blended = stage.blended()
+        drain = _drain(blended, sent)
+        with local_worker(blended.worker_env, folder) as worker:
+            blend_rate = drain.result()
+            _count(blended, sent, failures)
+            most = blend_rate.clicks_per_s
+            _say(f"worker with a blend: {most:.0f} clicks/s")
+            live = _live_on(blended, worker)
+            blend_ladder = {
+                f"{share:g}": live(f"blend-{share:g}", most * share, whole)
+                for share in BLEND_SHARES
+            }
+            blend_idle = live("blend-idle", IDLE_RATE, whole, linger_ms=0)
+            timed = {f"blend, {share}": found for share, found in blend_ladder.items()}
+            sent += _checked({"blend, idle": blend_idle, **timed}, worker, failures)
+        _say("verify")
+        _verify(blended, sent, failures)
     return {
         "processes": options.processes,
         "clicks_per_s": round(rate.clicks_per_s, 1),
@@ -179,6 +178,8 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         "hop_ms": hop,
         "latency_ms_by_share": dict(sorted(ladder.items())),
         "swap_latency_ms": swapped,
+        "blend_idle_latency_ms": blend_idle,
+        "blend_latency_ms_by_share": dict(sorted(blend_ladder.items())),
         "timed_clicks": {
             "end_to_end": rate.clicks, "one_process": alone_rate.clicks, "blend": blend_rate.clicks,
             "do_nothing": nothing.clicks, "naive": naive.clicks,
@@ -188,21 +189,42 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _drain(stage: Ground) -> Drain:
+def _live_on(stage: Ground, worker: Worker) -> Callable[..., dict[str, Any]]:
+    def live(name: str, clicks_per_s: float, seconds: float, **more: Any) -> dict[str, Any]:
+        _say(f"latency, {name}: {clicks_per_s:.0f} clicks/s")
+        return latency.measure(
+            stage, name, rate=clicks_per_s, seconds=seconds, worker=worker.process, **more
+        )
+
+    return live
+
+
+def _checked(timed: dict[str, dict[str, Any]], worker: Worker, failures: list[str]) -> int:
+    """How many clicks were sent."""
+    if not worker.process.running:
+        failures.append(f"worker: ended: {worker.process.tail()}")
+    for name, found in timed.items():
+        if found["unseen"] or found["wrong_offset"]:
+            failures.append(
+                f"latency, {name}: {found['unseen']} lists unseen, {found['wrong_offset']} "
+                "that do not answer their click"
+            )
+    return sum(found["sent"] for found in timed.values())
+
+
+def _drain(stage: Ground, total: int) -> Drain:
     return Drain(
         stage.applied,
-        total=stage.options.clicks,
+        total=total,
         warm_up=stage.options.warm_up,
         limit_s=300.0,
     )
 
 
-def _count(stage: Ground, failures: list[str]) -> None:
+def _count(stage: Ground, total: int, failures: list[str]) -> None:
     counted = sum(head.clicks for head in stage.heads())
-    if counted != stage.options.clicks:
-        failures.append(
-            f"{stage.keys.namespace}: counted {counted} of {stage.options.clicks} clicks"
-        )
+    if counted != total:
+        failures.append(f"{stage.keys.namespace}: counted {counted} of {total} clicks")
 
 
 @contextlib.contextmanager

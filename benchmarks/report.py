@@ -74,6 +74,11 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
     rows = [("click → a consumer that does nothing", hop), ("idle", idle)]
     rows += [(f"{share} of it", found) for share, found in result["latency_ms_by_share"].items()]
     rows.append(("half of the maximum", result["latency_ms"]))
+    rows.append(("with a blend: idle", result["blend_idle_latency_ms"]))
+    rows += [
+        (f"with a blend: {share} of its maximum", found)
+        for share, found in result["blend_latency_ms_by_share"].items()
+    ]
     for words, found in rows:
         cells = " | ".join(f"{found[q]}" for q in ("rate", "p50", "p90", "p99", "p99_9", "max"))
         lines.append(f"| {words} | {cells} | {found['clicks']} |")
