@@ -84,6 +84,7 @@ WITHOUT: dict[str, tuple[str, ...]] = {
 PROBED = 0.2, 0.3
 """Where in the predictions, in order of time, those stand that decide about sources of candidates:
 by a network fitted on what comes before them, so that most are described with what is needed only.
+Only where the memory is live: a frozen one shows nothing of what is new.
 """
 PROBES_MIN = 500
 """Fewer decide nothing: all sources stay."""
@@ -283,7 +284,7 @@ def fit_blend(
     described = _described(stages, lambda: spec, arrivals)
     for place, (_, target, own, source_R, codes) in enumerate(described):
         if place == probe_to:
-            if len(judged) >= PROBES_MIN:
+            if arrivals is not None and len(judged) >= PROBES_MIN:
                 kept = _needed(examples, np.arange(probe_from), columns_of(names), judged, settings)
                 spec = only(spec, kept)
             judged = []

@@ -1,8 +1,8 @@
-"""Which sources of candidates a log needs: what the others name costs time and tops no list.
+"""Which sources of candidates a stream needs: what the others name costs time and tops no list.
 
-Judged by a first network on predictions that it was not fitted on. Left out one after the other,
-what harms least first, while the lists without it are as good as those of all. Knows no network and
-no memory.
+Only those that offer everybody the same are in question. The user's own ones, and the model's, stay
+whatever a log says: they are few, and each answers where another is silent. Judged by a first
+network on predictions that it was not fitted on. Knows no network and no memory.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,19 @@ F64 = npt.NDArray[np.float64]
 ALL_SOURCES = (1 << len(SOURCES)) - 1
 MODEL_SOURCE = 1 << SOURCES.index("model")
 
-FALL_MAX = np.array([5e-4, 5e-4, 2.5e-3])
-"""Of the rates of `_rates`, against those of all sources: in percent 0.05, 0.05 and 0.25."""
-
-_NOTHING_OF: dict[str, dict[str, int | bool]] = {
-    "neighbours": {"neighbours": 0},
-    "transitions": {"followers": 0, "older": 0},
-    "repeats": {"own": 0},
+FOR_EVERYBODY: dict[str, dict[str, int | bool]] = {
     "popularity": {"popular": False, "touched": 0},
     "publication": {"newest": 0},
 }
+"""Sources that may be left out, and a spec without each."""
+
+FALL_MAX = np.array([5e-4, 5e-4, 2.5e-3])
+"""Of the rates of `_rates`, against those of all sources: in percent 0.05, 0.05 and 0.25."""
 
 
 def needed(rank_X: Callable[[int], I64]) -> int:
-    """Bits of the sources that are worth their candidates; the model always is.
+    """Bits of the sources that are worth their candidates: one after the other goes, what harms
+    least first, while lists are as good as those of all.
 
     Args:
         rank_X: ranks of what was clicked, from 1, among the candidates that these sources name.
@@ -41,8 +40,8 @@ def needed(rank_X: Callable[[int], I64]) -> int:
     kept, whole = ALL_SOURCES, _rates(rank_X(ALL_SOURCES))
     while True:
         found: dict[int, F64] = {}
-        for bit in (1 << at for at in range(len(SOURCES))):
-            if bit & kept and bit != MODEL_SOURCE:
+        for bit in (1 << SOURCES.index(name) for name in FOR_EVERYBODY):
+            if bit & kept:
                 rates = _rates(rank_X(kept & ~bit))
                 if (whole - rates <= FALL_MAX).all():
                     found[bit] = rates
@@ -59,7 +58,7 @@ def names_of(sources: int) -> list[str]:
 def only(spec: BlendSpec, sources: int) -> BlendSpec:
     """The spec with the candidates of these sources; every feature stays."""
     for name in names_of(ALL_SOURCES & ~sources):
-        spec = msgspec.structs.replace(spec, **_NOTHING_OF[name])
+        spec = msgspec.structs.replace(spec, **FOR_EVERYBODY[name])
     return spec
 
 
