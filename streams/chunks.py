@@ -15,7 +15,7 @@ seeks.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import aiokafka
 from faust.serializers.schemas import Schema
@@ -26,6 +26,9 @@ from afterclick.streams.record import Chunk, record_of
 
 FETCH_WAIT_S = 0.5
 """Longest wait for records before pending seeks are looked at again."""
+
+MANY_RECORDS = 24
+"""Since the last rest: the next one is twice as long then (docs/performance.md, what was tried)."""
 
 
 class ChunkSchema(Schema[Any, Any]):
@@ -54,11 +57,12 @@ class CommittedConsumerThread(AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         """Connect, and give each node its rests."""
         await super().on_start()
-        rest_between_fetches(self._ensure_consumer()._fetcher, ChunkConsumer.fetch_rest_ms / 1000)
+        consumer = cast(ChunkConsumer, self.consumer)
+        rest_between_fetches(self._ensure_consumer()._fetcher, consumer.next_rest_s)
 
 
-def rest_between_fetches(fetcher: Any, rest_s: float) -> None:
-    """Let aiokafka's fetcher leave a broker alone for a while after it brought records.
+def rest_between_fetches(fetcher: Any, rest_s: Callable[[], float]) -> None:
+    """Let aiokafka's fetcher leave a broker alone for so long after it brought records.
 
     Else it asks again at once: under load for every single click, which costs both sides as much as
     a hundred; and without the partitions whose records were not taken yet, so that their next
@@ -72,7 +76,7 @@ def rest_between_fetches(fetcher: Any, rest_s: float) -> None:
             for waiter in list(fetcher._fetch_waiters):
                 fetcher._notify(waiter)
             with contextlib.suppress(asyncio.CancelledError):  # as in aiokafka's own
-                await asyncio.sleep(rest_s)
+                await asyncio.sleep(rest_s())
         return found
 
     fetcher._proc_fetch_request = fetch_and_rest
@@ -88,7 +92,7 @@ class ChunkConsumer(Consumer):
     """Longest time the broker holds an empty fetch."""
 
     fetch_rest_ms = 10
-    """Pause after a fetch that brought records."""
+    """Pause after a fetch that brought records; twice as long after many."""
 
     prepared: asyncio.Event | None = None
     """Set once chunks can be folded: the group is joined no sooner, so that others keep the
@@ -101,6 +105,15 @@ class ChunkConsumer(Consumer):
         """Offset that each partition's fold has reached: what Kafka is told for lag tools."""
         self._next: dict[TP, int] = {}
         self._seeks: dict[TP, int] = {}
+        self._delivered = 0
+
+    def next_rest_s(self) -> float:
+        """How long to leave the broker alone now: where much comes, cores are what clicks wait for,
+        and every fetch costs some.
+        """
+        # Of the fetch before, since nobody has seen what is in this one yet.
+        delivered, self._delivered = self._delivered, 0
+        return self.fetch_rest_ms / 1000 * (2 if delivered >= MANY_RECORDS else 1)
 
     def ask_thread(self, answer: Callable[[], None]) -> None:
         """Have Faust's consumer thread call `answer`; it does not while it hangs, nor after it
@@ -188,6 +201,7 @@ class ChunkConsumer(Consumer):
         message: Any = None
         for raw_tp, found in records.items():
             tp = TP(*raw_tp)
+            self._delivered += len(found)
             for start in range(0, len(found), self.records_max):
                 piece = found[start : start + self.records_max]
                 first, end = piece[0].offset, piece[-1].offset + 1

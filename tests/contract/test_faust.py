@@ -467,7 +467,7 @@ def test_a_fetch_that_brought_records_is_followed_by_a_rest(topics: StreamsSetti
         )
         await producer.start()
         await consumer.start()
-        rest_between_fetches(consumer._fetcher, rest_s)
+        rest_between_fetches(consumer._fetcher, lambda: rest_s)
         loop = asyncio.get_running_loop()
         try:
             consumer.assign([tp])
