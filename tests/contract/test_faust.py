@@ -40,6 +40,7 @@ from kafka.admin import KafkaAdminClient, NewTopic
 from afterclick.serving.connection import connect
 from afterclick.streams.admin import client_config
 from afterclick.streams.chunks import (
+    MANY_RECORDS,
     ChunkConsumer,
     ChunkTransport,
     CommittedConsumerThread,
@@ -178,6 +179,22 @@ def test_what_one_fetch_brought_is_one_message() -> None:
     (message,) = asyncio.run(scene())
     told = [(partition, chunk.begin, chunk.end) for partition, chunk in message.value]
     assert told == [(0, 0, 2), (0, 2, 3), (1, 0, 1)]
+
+
+def test_after_much_the_broker_is_left_alone_for_twice_as_long() -> None:
+    """As far as the fetch before tells; whatever became of its records."""
+
+    async def scene() -> list[float]:
+        async with connected_to_nothing() as consumer:
+            consumer.flow_active = False
+            raw = [SimpleNamespace(offset=at) for at in range(MANY_RECORDS)]
+            rests = [consumer.next_rest_s()]
+            for num in (MANY_RECORDS - 1, MANY_RECORDS):
+                await consumer._deliver({AT: raw[:num]})
+                rests.append(consumer.next_rest_s())
+            return [*rests, consumer.next_rest_s()]
+
+    assert asyncio.run(scene()) == [0.01, 0.01, 0.02, 0.01]
 
 
 # What Faust loses by default ---------------------------------------------------------------------
