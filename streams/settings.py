@@ -96,9 +96,9 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 10
-    """Pause after a fetch that brought clicks, twice as long while fetches bring two dozen and more:
-    those that come within it are fetched and folded together. A click after a longer silence waits
-    for nobody.
+    """Pause after a fetch that brought clicks, twice as long while they bring two dozen and more:
+    clicks that come within it are fetched and folded together. One after a longer silence waits for
+    nobody.
     """
 
     processes: Annotated[int, Meta(ge=1, le=256)] = 1
