@@ -39,7 +39,12 @@ class BulkReader:
         """Close the connection."""
         if self._runner is not None:
             if self._consumer is not None:
-                self._runner.run(self._consumer.stop())
+                try:
+                    self._runner.run(self._consumer.stop())
+                except asyncio.CancelledError:
+                    # Of its fetcher, in the pause after an error: a fetch whose answer nobody took
+                    # for long has timed out. aiokafka then leaves its connections open.
+                    self._runner.run(self._consumer._client.close())
             self._runner.close()
         self._runner = self._consumer = None
 

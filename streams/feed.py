@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -34,6 +35,9 @@ MOVES_MAX = 1000
 LOOK_BACK = 1000
 """Records looked at first: minutes of a busy topic."""
 
+AHEAD_RECORDS = 10_000
+"""Read at once by `ReadAhead`: some megabytes."""
+
 RETRY_S = 1.0
 """Pause while Kafka is away, and between two looks for a release that has a memory."""
 
@@ -47,6 +51,46 @@ class SignalsLog(Protocol):
     def read(  # noqa: D102
         self, topic: str, partition: int, start: int, stop: int
     ) -> Iterator[list[Record]]: ...
+
+
+class ReadAhead:
+    """A partition that is read in small steps forward, fetched in large ones.
+
+    Else every step waits for the fetch that the one before it left with the broker, half a second:
+    whoever follows a memory from list to list takes thousands.
+    """
+
+    def __init__(self, log: SignalsLog) -> None:
+        self._log = log
+        self._held: deque[Record] = deque()
+        self._from = self._upto = 0
+        """Between these offsets all records are held."""
+
+    def edges(self, topic: str, partition: int) -> tuple[int, int]:
+        """As the log's."""
+        return self._log.edges(topic, partition)
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
+        """As the log's; of one topic and partition only."""
+        if not self._from <= start <= self._upto:
+            self._held.clear()
+            self._from = self._upto = start
+        while self._held and self._held[0].offset < start:
+            self._held.popleft()
+        while start < stop:
+            if self._upto <= start:
+                end = max(stop, self.edges(topic, partition)[1])
+                end = min(end, start + AHEAD_RECORDS)
+                for records in self._log.read(topic, partition, start, end):
+                    self._held.extend(records)
+                self._upto = end
+            start = min(stop, self._upto)
+            found = []
+            while self._held and self._held[0].offset < start:
+                found.append(self._held.popleft())
+            self._from = start
+            if found:
+                yield found
 
 
 def absorber_of(loaded: LoadedRelease, namespace: str) -> Absorber | None:

@@ -22,7 +22,7 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.records import Head, InputsEntry, TopList, decode_record, encode_record
 from afterclick.serving.releases import LoadedRelease, ReleaseStore
 from afterclick.serving.settings import ServingSettings
-from afterclick.streams.feed import absorber_of, catch_up
+from afterclick.streams.feed import ReadAhead, absorber_of, catch_up
 from afterclick.streams.fold import Inputs, renew
 from afterclick.streams.joined import JoinedLog
 from afterclick.streams.partition import PartitionFold, Serving
@@ -66,6 +66,7 @@ class Releases:
         self._settings = settings
         # A connection of its own: items are read while clicks are being read.
         self._reader = JoinedLog(streams)
+        self._signals = ReadAhead(self._reader)
         self._items_topic = streams.items_topic
         self._signals_topic = streams.signals_topic
         self._namespace = settings.namespace
@@ -156,7 +157,7 @@ class Releases:
         if self._absorber.offset > signals:  # a memory cannot go back
             self._key = None
             serving = self.serving(entry)
-        self.whole = catch_up(self._reader, self._signals_topic, self._absorber, signals)
+        self.whole = catch_up(self._signals, self._signals_topic, self._absorber, signals)
         return serving._replace(signals=signals)
 
     def _load(self, entry: InputsEntry) -> None:

@@ -39,6 +39,7 @@ from kafka.admin import KafkaAdminClient, NewTopic
 
 from afterclick.serving.connection import connect
 from afterclick.streams.admin import client_config
+from afterclick.streams.bulk import BulkReader
 from afterclick.streams.chunks import (
     MANY_RECORDS,
     ChunkConsumer,
@@ -641,3 +642,28 @@ def test_a_script_whose_answer_is_lost_is_sent_again(
         assert count(keys=[f"{namespace}:count"]) == 2
     with redis.Redis.from_url(redis_url) as server:
         assert server.get(f"{namespace}:count") == b"2"
+
+
+def test_a_fetcher_that_is_closed_in_its_pause_after_an_error_raises(
+    topics: StreamsSettings,
+) -> None:
+    """Why `BulkReader.close` goes on by itself: a fetch that timed out while its caller computed
+    would end `afterclick verify` after all was well, and leave its connections open.
+    """
+    topic = topics.clicks_topic
+    with closing(kafka.KafkaProducer(bootstrap_servers=topics.broker)) as producer:
+        producer.send(topic, b"v", partition=0).get(20)
+    reader = BulkReader(topics)
+    batches = reader.read(topic, 0, 0, 2)
+    assert len(next(batches)) == 1
+    consumer = reader._consumer
+
+    async def fail() -> None:
+        consumer._fetcher._retry_backoff = 60.0
+        for connection in consumer._client._conns.values():
+            connection._request_timeout = 0.001
+        await asyncio.sleep(1.0)
+
+    reader._run(fail())
+    reader.close()
+    assert not any(connection.connected() for connection in consumer._client._conns.values())
