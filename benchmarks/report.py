@@ -56,7 +56,8 @@ def table(result: dict[str, Any], runs: int) -> list[str]:
         f"| **end to end, {result['processes']} processes** | **{rate('clicks_per_s')}** | |",
         f"| the same, one process | {rate('one_process_clicks_per_s')} "
         f"| {ratio('end_to_end_of_one_process')} |",
-        f"| the same, with a blend | {rate('blend_clicks_per_s')} "
+        f"| **again**, broker warm, all of the log | {rate('again_clicks_per_s')} | |",
+        f"| right after it, with a blend | {rate('blend_clicks_per_s')} "
         f"| blend ÷ none: **{ratio('blend_of_plain')}** |",
         f"| do-nothing Faust agent, {result['processes']} processes "
         f"| {rate('do_nothing_agent_clicks_per_s')} "

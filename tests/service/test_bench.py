@@ -23,7 +23,16 @@ def test_the_last_line_holds_every_promised_field() -> None:
     )
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads(done.stdout.splitlines()[-1])
-    for name in ("", "one_process_", "blend_", "engine_", "matmul_", "do_nothing_agent_", "naive_"):
+    for name in (
+        "",
+        "one_process_",
+        "again_",
+        "blend_",
+        "engine_",
+        "matmul_",
+        "do_nothing_agent_",
+        "naive_",
+    ):
         assert result[f"{name}clicks_per_s"] > 0
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"]
     assert 0 < result["idle_latency_ms"]["p50"] <= result["idle_latency_ms"]["p99"]
