@@ -94,6 +94,9 @@ class ChunkConsumer(Consumer):
     fetch_rest_ms = 10
     """Pause after a fetch that brought records; twice as long after many."""
 
+    _delivered = 0
+    """Records since the last rest."""
+
     prepared: asyncio.Event | None = None
     """Set once chunks can be folded: the group is joined no sooner, so that others keep the
     partitions until then. None: at once.
@@ -105,7 +108,6 @@ class ChunkConsumer(Consumer):
         """Offset that each partition's fold has reached: what Kafka is told for lag tools."""
         self._next: dict[TP, int] = {}
         self._seeks: dict[TP, int] = {}
-        self._delivered = 0
 
     def next_rest_s(self) -> float:
         """How long to leave the broker alone now: where much comes, cores are what clicks wait for,
