@@ -81,8 +81,9 @@ class ReadAhead:
             if self._upto <= start:
                 end = max(stop, self.edges(topic, partition)[1])
                 end = min(end, start + AHEAD_RECORDS)
-                for records in self._log.read(topic, partition, start, end):
-                    self._held.extend(records)
+                # Whole or not at all: else what a broken read brought is held twice after the next.
+                fresh = list(self._log.read(topic, partition, start, end))
+                self._held.extend(itertools.chain.from_iterable(fresh))
                 self._upto = end
             start = min(stop, self._upto)
             found = []

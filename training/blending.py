@@ -33,13 +33,7 @@ from afterclick.serving.records import INTERACTION_BYTES, Interaction, pack_inte
 from afterclick.serving.rows import Rows, rows_of
 from afterclick.serving.scanner import Scanner
 from afterclick.training.blend_graph import CLIP, blend_graph
-from afterclick.training.candidate_sources import (
-    ALL_SOURCES,
-    MODEL_SOURCE,
-    names_of,
-    needed,
-    only,
-)
+from afterclick.training.candidate_sources import ALL_SOURCES, names_of, needed, only
 from afterclick.training.data import UNKNOWN, Held
 from afterclick.training.denormals import flushed
 from afterclick.training.evaluate import LIST
@@ -80,6 +74,8 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     "publication": features.PUBLICATION_FEATURES,
 }
 """What an ablation leaves out, by its row's name; candidates that only this source names, too."""
+
+MODEL_SOURCE = 1 << SOURCES.index("model")
 
 PROBED = 0.2, 0.3
 """Where in the predictions, in order of time, those stand that decide about sources of candidates:
@@ -280,11 +276,12 @@ def fit_blend(
     )
     judged: list[_Judged] = []
     model_ranks: list[int] = []
-    kept, (probe_from, probe_to) = ALL_SOURCES, (round(share * num) for share in PROBED)
+    kept, is_live = ALL_SOURCES, arrivals is not None
+    probe_from, probe_to = (round(share * num) if is_live else 0 for share in PROBED)
     described = _described(stages, lambda: spec, arrivals)
     for place, (_, target, own, source_R, codes) in enumerate(described):
         if place == probe_to:
-            if arrivals is not None and len(judged) >= PROBES_MIN:
+            if len(judged) >= PROBES_MIN:
                 kept = _needed(examples, np.arange(probe_from), columns_of(names), judged, settings)
                 spec = only(spec, kept)
             judged = []

@@ -18,7 +18,6 @@ from afterclick.serving.manifest import BlendSpec
 F64 = npt.NDArray[np.float64]
 
 ALL_SOURCES = (1 << len(SOURCES)) - 1
-MODEL_SOURCE = 1 << SOURCES.index("model")
 
 FOR_EVERYBODY: dict[str, dict[str, int | bool]] = {
     "popularity": {"popular": False, "touched": 0},
