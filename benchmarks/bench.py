@@ -84,9 +84,11 @@ SWAP_SHARE = LIVE_SHARES[-1]
 others, since a swap leaves records to rebuild.
 """
 SWAPS = 2
-"""Publications while it lasts. Each makes all users' lists anew, some five seconds of CPU at 20,000
-users: one every two seconds would be another load than the one in peace.
+"""Publications while it lasts, `SWAP_TIMES` as long as other measurements. Each makes the lists of
+recent users anew, some two to five seconds of CPU: one every two seconds would be another load than
+the one in peace, and no trainer publishes so often.
 """
+SWAP_TIMES = 4
 
 
 def run_once(options: Options, folder: Path) -> dict[str, Any]:
@@ -122,14 +124,14 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             ladder = {
                 f"{share:g}": live(
                     f"live-{share:g}", rate.clicks_per_s * share,
-                    whole if share == SWAP_SHARE else part,
+                    SWAP_TIMES * whole if share == SWAP_SHARE else part,
                 )
                 for share in LIVE_SHARES
             }  # fmt: skip
             _say("the last once more, releases swapped meanwhile")
             swapped = swap.with_swaps(
-                stage, worker, rate=rate.clicks_per_s * SWAP_SHARE, seconds=whole,
-                every_s=whole / SWAPS,
+                stage, worker, rate=rate.clicks_per_s * SWAP_SHARE, seconds=SWAP_TIMES * whole,
+                every_s=SWAP_TIMES * whole / SWAPS,
             )  # fmt: skip
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")

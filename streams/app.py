@@ -274,6 +274,10 @@ class Worker:
         """A partition's head stands at `position`."""
         self._consumer.progress[self._tp(partition)] = position
 
+    def folded(self, took_s: float) -> None:
+        """A chunk was folded in so long."""
+        self._consumer.fold_s = took_s
+
     def edges(self, partition: int) -> LogEdges:
         """First and last offset of a partition, and whose log it is."""
         known = self.store.keys.partitions

@@ -61,6 +61,7 @@ class Moves(Protocol):
     def pause(self, partition: int) -> None: ...  # noqa: D102
     def resume(self, partition: int) -> None: ...  # noqa: D102
     def applied(self, partition: int, position: int) -> None: ...  # noqa: D102
+    def folded(self, took_s: float) -> None: ...  # noqa: D102
 
 
 class Log(Protocol):
@@ -253,7 +254,9 @@ class HeldPartition:
         self._resume()
         if moved is None:
             return
-        self._shared.metrics.chunk_seconds.observe(time.monotonic() - self._taken_s)
+        took_s = time.monotonic() - self._taken_s
+        self._shared.metrics.chunk_seconds.observe(took_s)
+        self._shared.moves.folded(took_s)
         for applied in moved.applied:
             self._observe(applied)
         if moved.applied:

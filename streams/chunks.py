@@ -27,8 +27,11 @@ from afterclick.streams.record import Chunk, record_of
 FETCH_WAIT_S = 0.5
 """Longest wait for records before pending seeks are looked at again."""
 
-MANY_RECORDS = 24
-"""Since the last rest: the next one is twice as long then (docs/performance.md, what was tried)."""
+RESTS_A_FOLD = 2
+"""Pause after a fetch that brought records, as a multiple of how long the last fold took, since
+every fetch costs some: so a machine that is busy or slow is asked to fetch less often
+(docs/performance.md, what was tried).
+"""
 
 
 class ChunkSchema(Schema[Any, Any]):
@@ -91,11 +94,11 @@ class ChunkConsumer(Consumer):
     fetch_wait_ms = 20
     """Longest time the broker holds an empty fetch."""
 
-    fetch_rest_ms = 10
-    """Pause after a fetch that brought records; twice as long after many."""
+    fetch_rest_ms = 20
+    """Longest pause after a fetch that brought records."""
 
-    _delivered = 0
-    """Records since the last rest."""
+    fold_s = 0.0
+    """How long the last fold took; whoever folds sets it."""
 
     prepared: asyncio.Event | None = None
     """Set once chunks can be folded: the group is joined no sooner, so that others keep the
@@ -110,12 +113,8 @@ class ChunkConsumer(Consumer):
         self._seeks: dict[TP, int] = {}
 
     def next_rest_s(self) -> float:
-        """How long to leave the broker alone now: where much comes, cores are what clicks wait for,
-        and every fetch costs some.
-        """
-        # Of the fetch before, since nobody has seen what is in this one yet.
-        delivered, self._delivered = self._delivered, 0
-        return self.fetch_rest_ms / 1000 * (2 if delivered >= MANY_RECORDS else 1)
+        """How long to leave the broker alone now."""
+        return min(self.fetch_rest_ms / 1000, RESTS_A_FOLD * self.fold_s)
 
     def ask_thread(self, answer: Callable[[], None]) -> None:
         """Have Faust's consumer thread call `answer`; it does not while it hangs, nor after it
@@ -203,7 +202,6 @@ class ChunkConsumer(Consumer):
         message: Any = None
         for raw_tp, found in records.items():
             tp = TP(*raw_tp)
-            self._delivered += len(found)
             for start in range(0, len(found), self.records_max):
                 piece = found[start : start + self.records_max]
                 first, end = piece[0].offset, piece[-1].offset + 1

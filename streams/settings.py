@@ -95,10 +95,10 @@ class StreamsSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     says; the local broker `tansu` looks for new records about four times within it.
     """
 
-    fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 10
-    """Pause after a fetch that brought clicks, twice as long while they bring two dozen and more:
-    clicks that come within it are fetched and folded together. One after a longer silence waits for
-    nobody.
+    fetch_rest_ms: Annotated[int, Meta(ge=0, le=1000)] = 20
+    """Longest pause after a fetch that brought clicks; it lasts twice as long as the last fold
+    took. Clicks that come within it are fetched and folded together. One after a longer silence
+    waits for nobody.
     """
 
     processes: Annotated[int, Meta(ge=1, le=256)] = 1

@@ -41,7 +41,6 @@ from afterclick.serving.connection import connect
 from afterclick.streams.admin import client_config
 from afterclick.streams.bulk import BulkReader
 from afterclick.streams.chunks import (
-    MANY_RECORDS,
     ChunkConsumer,
     ChunkTransport,
     CommittedConsumerThread,
@@ -182,20 +181,18 @@ def test_what_one_fetch_brought_is_one_message() -> None:
     assert told == [(0, 0, 2), (0, 2, 3), (1, 0, 1)]
 
 
-def test_after_much_the_broker_is_left_alone_for_twice_as_long() -> None:
-    """As far as the fetch before tells; whatever became of its records."""
+def test_the_broker_is_left_alone_for_longer_where_folds_take_longer() -> None:
+    """Up to what the setting allows."""
 
     async def scene() -> list[float]:
         async with connected_to_nothing() as consumer:
-            consumer.flow_active = False
-            raw = [SimpleNamespace(offset=at) for at in range(MANY_RECORDS)]
             rests = [consumer.next_rest_s()]
-            for num in (MANY_RECORDS - 1, MANY_RECORDS):
-                await consumer._deliver({AT: raw[:num]})
+            for took_s in (0.002, 0.5, 0.003):
+                consumer.fold_s = took_s
                 rests.append(consumer.next_rest_s())
-            return [*rests, consumer.next_rest_s()]
+            return rests
 
-    assert asyncio.run(scene()) == [0.01, 0.01, 0.02, 0.01]
+    assert asyncio.run(scene()) == [0.0, 0.004, 0.02, 0.006]
 
 
 # What Faust loses by default ---------------------------------------------------------------------

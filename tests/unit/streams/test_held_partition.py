@@ -24,6 +24,7 @@ class Consumer:
 
     def __init__(self) -> None:
         self.seeks: list[int] = []
+        self.folds_s: list[float] = []
         self.paused = False
         self.sought = asyncio.Event()
 
@@ -38,6 +39,9 @@ class Consumer:
         self.paused = False
 
     def applied(self, partition: int, position: int) -> None: ...
+
+    def folded(self, took_s: float) -> None:
+        self.folds_s.append(took_s)
 
     def edges(self, partition: int) -> LogEdges:
         return LogEdges("t", 0, 100)
@@ -107,6 +111,7 @@ def test_a_partition_that_seeks_away_from_its_backlog_is_fetched_again() -> None
     consumer = asyncio.run(scenario())
     assert consumer.seeks == [0, 3]
     assert not consumer.paused
+    assert consumer.folds_s, "how long to rest after a fetch follows from it"
 
 
 class LostRenewalFold(OvertakenFold):

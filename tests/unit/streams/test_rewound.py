@@ -38,6 +38,8 @@ class Consumer:
 
     def applied(self, partition: int, position: int) -> None: ...
 
+    def folded(self, took_s: float) -> None: ...
+
     def edges(self, partition: int) -> LogEdges:
         return LogEdges(self.topic_id, 0, 100)
 
