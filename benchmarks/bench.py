@@ -102,8 +102,6 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
         nothing = _drain_rival(stage, "do-nothing", failures)
         naive = _drain_rival(stage, "naive", failures)
         _check_naive(stage, clicks, failures)
-        _say("floor of an idle stream's latency: a consumer that does nothing")
-        hop = latency.hop(stage, "hop", rate=IDLE_RATE, seconds=2 * options.seconds)
         _say("one process: drain")
         alone = stage.in_one_process()
         drain = _drain(alone, options.clicks)
@@ -119,6 +117,8 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             live = _live_on(stage, worker)
             whole, part = options.seconds, options.seconds / 2
             warm = live("warm", rate.clicks_per_s * WARM_SHARE, 3 * whole)
+            _say("floor of an idle stream's latency: a consumer that does nothing")
+            hop = latency.hop(stage, "hop", rate=IDLE_RATE, seconds=2 * whole)
             idle = live("idle", IDLE_RATE, 2 * whole, linger_ms=0)
             loaded = live("half", rate.clicks_per_s / 2, whole)
             ladder = {
