@@ -134,7 +134,7 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
         }
         _, standing = store.read_standing(0, names[:USERS])
         bodies = [without_stamp(user.list_data or b"") for user in standing]
-        pack_us = _pack_us(lambda: [store.packed(body, START_MS) for body in bodies])
+        pack_us = _user_us(lambda: [store.packed(body, START_MS) for body in bodies])
         store.close()
         client.close()
     return {
@@ -149,28 +149,23 @@ def footprint(size: Size, folder: Path, *, users: int) -> dict[str, Any]:
     }
 
 
-def _pack_us(pack: Callable[[], Any]) -> float:
-    """CPU µs a list, the smallest of some passes over `USERS` of them."""
+def _user_us(work: Callable[[], Any]) -> float:
+    """CPU µs a user of what is done for `USERS` of them, the smallest of some times."""
     taken = []
     for _ in range(20):
         begun_s = time.process_time()
-        pack()
+        work()
         taken.append(time.process_time() - begun_s)
     return round(min(taken) / USERS * 1e6, 1)
 
 
 def _advance_us(engine: Engine, steps: int) -> float:
-    """CPU µs a user of so many steps, the smallest of some calls for 64 users."""
+    """CPU µs a user of so many steps."""
     rng = np.random.default_rng(0)
     state_BS = engine.zero_state(USERS)
     x_TBE = rng.standard_normal((steps, USERS, engine.manifest.step_dim)).astype(np.float32)
     gap_TB, lens_B = np.zeros((steps, USERS), np.int64), np.full(USERS, steps, np.int32)
-    taken = []
-    for _ in range(20):
-        begun_s = time.process_time()
-        engine.advance(state_BS, x_TBE, lens_B, gap_TB=gap_TB)
-        taken.append(time.process_time() - begun_s)
-    return round(min(taken) / USERS * 1e6, 1)
+    return _user_us(lambda: engine.advance(state_BS, x_TBE, lens_B, gap_TB=gap_TB))
 
 
 def table(result: dict[str, Any]) -> list[str]:

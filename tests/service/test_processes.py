@@ -35,6 +35,15 @@ def children_of(pid: int) -> list[int]:
     return sorted(found)
 
 
+def places_of(stage: Stage) -> dict[str, str]:
+    """What each static member of the group holds, as Kafka says."""
+    with contextlib.closing(KafkaAdminClient(**client_config(stage.streams))) as admin:
+        (group,) = admin.describe_groups([stage.streams.group]).values()
+    return {
+        member["group_instance_id"]: str(member["member_assignment"]) for member in group["members"]
+    }
+
+
 @contextlib.contextmanager
 def several(stage: Stage, num: int = NUM) -> Iterator[Worker]:
     with stage.worker(AFTERCLICK_STREAMS__PROCESSES=str(num)) as worker:
@@ -78,21 +87,15 @@ def test_a_place_in_the_group_waits_for_a_killed_process_and_for_none_that_was_s
     """Else every other partition stands until the dead one's session is over, or all of them after
     each deployment; tansu does not let go of static members.
     """
-    with contextlib.closing(KafkaAdminClient(**client_config(stage.streams))) as admin:
-
-        def members() -> set[str]:
-            (group,) = admin.describe_groups([stage.streams.group]).values()
-            return {member["group_instance_id"] for member in group["members"]}
-
-        with several(stage) as worker:
-            before = members()
-            assert len(before) == NUM
-            os.kill(children_of(worker.process.pid)[1], signal.SIGKILL)
-            stage.wait(lambda: len(children_of(worker.process.pid)) == NUM, "two that run")
-            stage.wait(lambda: all(readiness(port)[0] for port in worker.ports), "both ready")
-            assert members() == before
-            assert worker.process.terminate(30) == 0
-            assert members() == set()
+    with several(stage) as worker:
+        before = set(places_of(stage))
+        assert len(before) == NUM
+        os.kill(children_of(worker.process.pid)[1], signal.SIGKILL)
+        stage.wait(lambda: len(children_of(worker.process.pid)) == NUM, "two that run")
+        stage.wait(lambda: all(readiness(port)[0] for port in worker.ports), "both ready")
+        assert set(places_of(stage)) == before
+        assert worker.process.terminate(30) == 0
+        assert not places_of(stage)
 
 
 @pytest.mark.kafka
@@ -102,29 +105,18 @@ def test_named_by_hand_they_keep_their_places_over_a_restart(stage: Stage) -> No
     """
     stage.publish("first", seed=1)
     clicks = some_clicks(40)
-    with contextlib.closing(KafkaAdminClient(**client_config(stage.streams))) as admin:
-
-        def places() -> dict[str, str]:
-            (group,) = admin.describe_groups([stage.streams.group]).values()
-            return {
-                member["group_instance_id"]: str(member["member_assignment"])
-                for member in group["members"]
-            }
-
-        stage.streams = msgspec.structs.replace(
-            stage.streams, instance="shop", session_timeout_s=30.0
-        )
-        with several(stage) as worker:
-            stage.send(clicks[:20])
-            stage.wait_folded()
-            before = places()
-            assert sorted(before) == ["shop-0", "shop-1"]
-            assert worker.process.terminate(30) == 0
-        assert places() == before
-        stage.send(clicks[20:])
-        with several(stage):
-            stage.wait_folded()
-            assert places() == before
+    stage.streams = msgspec.structs.replace(stage.streams, instance="shop", session_timeout_s=30.0)
+    with several(stage) as worker:
+        stage.send(clicks[:20])
+        stage.wait_folded()
+        before = places_of(stage)
+        assert sorted(before) == ["shop-0", "shop-1"]
+        assert worker.process.terminate(30) == 0
+    assert places_of(stage) == before
+    stage.send(clicks[20:])
+    with several(stage):
+        stage.wait_folded()
+        assert places_of(stage) == before
     assert stage.verify().differences == 0
 
 
