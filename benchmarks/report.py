@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import msgspec
 import onnxruntime
 
+from afterclick.serving.errors import ConfigError
+from afterclick.streams.local import redis_program
 from benchmarks.ground import ROOT, Options
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,9 +31,20 @@ def machine(name: str) -> tuple[str, str]:
     load = os.getloadavg()[0]
     words = (
         f"{cores} cores, {model}, load {load:.1f} before; Python {platform.python_version()}, "
-        f"ONNX Runtime {onnxruntime.__version__}; broker, worker, Redis, load and reader share them"
+        f"ONNX Runtime {onnxruntime.__version__}, {_redis()}; "
+        "broker, worker, Redis, load and reader share them"
     )
     return name or f"{cores}-core-{short}", words
+
+
+def _redis() -> str:
+    """Version and allocator of the Redis that is started here: bytes and speed go with both."""
+    try:
+        asked = subprocess.run([redis_program(), "--version"], capture_output=True, check=True)
+    except (ConfigError, OSError, subprocess.CalledProcessError):
+        return "no Redis"
+    version, allocator = re.findall(r"(?:v|malloc)=(\S+)", asked.stdout.decode())
+    return f"Redis {version} ({allocator})"
 
 
 def table(result: dict[str, Any], runs: int) -> list[str]:

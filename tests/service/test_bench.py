@@ -1,6 +1,7 @@
 """`make bench` itself, small: the whole harness with real broker, Redis, worker and rivals."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,4 @@ def test_the_last_line_holds_every_promised_field() -> None:
     assert result["processes"] == 2
     assert result["hop_ms"]["p50"] > 0
     assert result["failures"] == []
+    assert re.search(r"machine: .* Redis \d+\.\d\S* \(\S+\); ", done.stderr)
