@@ -116,6 +116,7 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             _say(f"worker: {rate.clicks_per_s:.0f} clicks/s; live load that warms the broker up")
             live = _live_on(stage, worker)
             whole, part = options.seconds, options.seconds / 2
+            long = SWAP_TIMES * whole
             warm = live("warm", rate.clicks_per_s * WARM_SHARE, 3 * whole)
             _say("floor of an idle stream's latency: a consumer that does nothing")
             hop = latency.hop(stage, "hop", rate=IDLE_RATE, seconds=2 * whole)
@@ -124,14 +125,14 @@ def run_once(options: Options, folder: Path) -> dict[str, Any]:
             ladder = {
                 f"{share:g}": live(
                     f"live-{share:g}", rate.clicks_per_s * share,
-                    SWAP_TIMES * whole if share == SWAP_SHARE else part,
+                    long if share == SWAP_SHARE else part,
                 )
                 for share in LIVE_SHARES
             }  # fmt: skip
             _say("the last once more, releases swapped meanwhile")
             swapped = swap.with_swaps(
-                stage, worker, rate=rate.clicks_per_s * SWAP_SHARE, seconds=SWAP_TIMES * whole,
-                every_s=SWAP_TIMES * whole / SWAPS,
+                stage, worker, rate=rate.clicks_per_s * SWAP_SHARE, seconds=long,
+                every_s=long / SWAPS,
             )  # fmt: skip
             if not swapped["swaps_total"]:
                 failures.append("swaps: none happened")
