@@ -1,66 +1,70 @@
 """Which rows can be among a user's best, by a product in 8 bits that knows how wrong it is.
 
-Every score is first bounded from both sides: by the product of query and row rounded to 8 bits, and
-what rounding can have cost (Cauchy-Schwarz). A row whose upper bound lies below the k-th best lower
-one is out; one or two hundred of 20,000 are left, and scored exactly by whoever asked. So an answer
-does not depend on anything in here, only its price does. The last coordinate of a row, its bias, is
-not rounded. Knows no item id. Shape letters as in `engine.py`, W columns of folded bounds, R rows
-that are left, P properties of a query.
+From some rows it is guessed how high a score must be to be among the best; then every row is named
+whose upper bound reaches the guess: its product in 8 bits, and what rounding can have cost
+(Cauchy-Schwarz). No product is kept: bounds are taken from sums that have not left the nearest
+cache. One or two hundred rows of 20,000 are named. Whoever asked scores them exactly, and if the
+last one wanted is below the guess, that was too high, and all rows are scored. So an answer does
+not depend on anything in here, only its price does. The last coordinate of a row, its bias, is not
+rounded. Knows no item id. Shape letters as in `engine.py`, V vectors of `LANES` rows, Q vectors of
+`FOUR` coordinates, C columns of which the guess is made, W words of bits, R rows that are named, P
+properties of a query.
 """
 
 # ruff: noqa: N815 - fields carry shape suffixes, too
 
 import math
-import threading
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils as typed_as_any
 from numba.extending import intrinsic
-from onnx import TensorProto, helper
 
 from afterclick.serving.compiled import compiled
-from afterclick.serving.sessions import graph_of, session_of
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-Bools = npt.NDArray[np.bool_]
+U64 = npt.NDArray[np.uint64]
 
-BLOCK_ROWS = 1 << 15
-"""Rows of one product at most; a change makes one block anew, not the whole."""
+LANES, FOUR = 16, 4
+"""Rows of a vector, and of each so many coordinates side by side: 64 bytes, one instruction."""
 
-PAIRS_MAX = 1 << 20
-"""Products at a time, 4 MiB: more leave the cache before they are read again."""
+USERS, SIDE = 6, 4
+"""Products of so many users with so many vectors grow at the same time: each row that was read
+counts six times, each coordinate of a query 64 times, and all sums stay in registers.
+"""
 
-USERS_MAX = 1 << 12
-"""Users at a time; 16 bits number them."""
+BITS = SIDE * LANES
+"""Rows of one word."""
 
-COLUMNS = 8
-"""At least so many columns of folded bounds for each result that is wanted."""
+STRIDES = (1, 2, 4, 8, 16, 32, 64)
+"""One vector in so many makes the guess."""
+
+NAMED = 75
+"""A row that is named costs as much as so many that are looked at."""
+
+SAFE = 4
+"""Standard deviations of what chance does to a guess that it leaves room for."""
+
+NOISE = 1 / 16
+"""What rounding does to it beside, as a share of a result: rows that change places."""
 
 CROWD, CROWD_MIN = 16, 2048
-"""Who has so many times more survivors than wanted, and as many, is scored whole."""
+"""For whom so many times more rows are named than wanted, and as many, is scored whole."""
 
-FRESH_MAX = 128
-"""Changed rows of a block that are scored exactly for everybody, before it is made anew."""
+WORDS_MAX = 1 << 22
+"""Words of one call, 32 MiB: 1,700 users at 160,000 rows, 26 at ten million."""
 
-LANES = 16
-"""Rows that are compared with the edge at once; a block has at least as many."""
-
-ZERO = 128
-"""What a query's whole numbers are counted from."""
+LEVELS, ZERO = 127, 128
+"""The largest whole number of a coordinate, and what a row's are counted from."""
 
 BIAS_MAX = 1e20
 """A bias beyond it masks its row."""
-
-_LOWEST = np.float32(-3e38)
 
 
 class Survivors(NamedTuple):
@@ -68,335 +72,474 @@ class Survivors(NamedTuple):
 
     size_B: I64
     row_R: I64
-    crowded_B: Bools
-    """Users with too many, of whom only some are named."""
+    edge_B: F32
+    """All rows with at least this score are named; infinite where none is."""
 
 
 class _Known(NamedTuple):
-    """What bounds are made of beside the products: row n is about `step_N[n]` × whole numbers."""
+    """Rows in 8 bits, and what bounds are made of beside: row n is about `step_N[n]` × whole
+    numbers.
+    """
 
+    whole_VQL: npt.NDArray[np.uint32]
+    """Four coordinates each, counted from `ZERO`."""
     step_N: F32
     bias_N: F32
-    """NaN for a row that changed since: a bound that is no number neither raises an edge nor
-    reaches one.
-    """
+    """NaN behind the last row: a bound that is no number reaches no edge."""
     norm_N: F32
     """Length without the bias."""
     most_4: F32
-    """Of any row: what rounding took from it, in steps; its step, its length, its bias."""
+    """Of any row so far: what rounding took from it, in steps; its step, its length, its bias."""
 
 
-class _Block(NamedTuple):
-    begin: int
-    session: ort.InferenceSession
-    known: _Known
-    fresh: frozenset[int]
-    """Rows that changed since, counted from the matrix' first one."""
+class _Asked(NamedTuple):
+    """Queries in 8 bits; the first two with as many zeros behind as fill the last `USERS`."""
+
+    whole_BQ: I32
+    """Four coordinates each."""
+    start_B: I32
+    """What the rows' being counted from `ZERO` adds to a product, taken off."""
+    of_BP: F32
+    """The step, the last coordinate; and how wrong a product may be: so much of a row's length, so
+    much of its step, and a rest.
+    """
 
 
 class Bounds:
     """Bounds of all scores over one matrix.
 
     Args:
-        vectors_ND: finite; the caller tells of every change.
-        threads: of a product.
+        vectors_ND: finite, C-contiguous; the caller tells of every change.
     """
 
-    def __init__(self, vectors_ND: F32, *, threads: int = 0) -> None:
-        self._threads = threads
-        self._blocks: list[_Block] = []
-        self._num_rows = 0
+    def __init__(self, vectors_ND: F32) -> None:
+        self._num_rows, self._num_whole = 0, -(-(vectors_ND.shape[1] - 1) // FOUR)
+        self._known = self._room(0)
         self.changed(vectors_ND, ())
 
     def changed(self, vectors_ND: F32, rows: Iterable[int]) -> None:
         """Take a matrix with at least as many rows, of which these differ from before; new ones
-        need not be named.
+        need not be named. Not while others look for survivors.
         """
-        named: dict[int, set[int]] = {}
-        for row in rows:
-            named.setdefault(row // BLOCK_ROWS, set()).add(row)
-        for at, begin in enumerate(range(0, len(vectors_ND), BLOCK_ROWS)):
-            end = min(begin + BLOCK_ROWS, len(vectors_ND))
-            if at == len(self._blocks):
-                self._blocks.append(self._block(vectors_ND, begin, end))
-                continue
-            block = self._blocks[at]
-            fresh = block.fresh | named.get(at, set())
-            if end > self._num_rows > begin or len(fresh) > FRESH_MAX:
-                self._blocks[at] = self._block(vectors_ND, begin, end)
-            elif at in named:
-                block.known.bias_N[np.array(sorted(fresh)) - begin] = np.nan
-                self._blocks[at] = block._replace(fresh=fresh)
-        self._num_rows = len(vectors_ND)
+        num_rows, known = len(vectors_ND), self._known
+        if num_rows > len(known.step_N):
+            self._known = self._room(num_rows)
+            for new, old in zip(self._known, known, strict=True):
+                new[: len(old)] = old
+        new_N = np.arange(self._num_rows, num_rows)
+        _take(vectors_ND, np.concatenate([np.array(sorted(rows), np.int64), new_N]), self._known)
+        self._num_rows = num_rows
 
     def survivors(self, q_BD: F32, k: int) -> Survivors:
-        """Rows among which are each user's k best.
+        """Rows among which each user's k best are likely to be; see `Survivors.edge_B`.
 
         Args:
             q_BD: queries, C-contiguous, at least one.
             k: at least 1, at most all rows.
         """
-        size = max(1, min(USERS_MAX, PAIRS_MAX // min(self._num_rows, BLOCK_ROWS)))
+        num_vectors = -(-self._num_rows // BITS) * SIDE
+        size = max(1, WORDS_MAX // (num_vectors // SIDE))
         parts = [self._survivors(q_BD[at : at + size], k) for at in range(0, len(q_BD), size)]
         if len(parts) == 1:
             return parts[0]
         return Survivors(*(np.concatenate(some) for some in zip(*parts, strict=True)))
 
     def _survivors(self, q_BD: F32, k: int) -> Survivors:
-        num_users = len(q_BD)
-        whole_BD, of_BP = _rounded(q_BD)
-        edge_B = np.full(num_users, _LOWEST)
-        crowded_B = np.zeros(num_users, np.bool_)
-        best_BK = np.zeros((num_users, 0), np.float32)  # lower bounds, the lowest first
-        room = max(CROWD * k, CROWD_MIN)
-        found: list[tuple[I64, I64, F32]] = []
-        for begin, session, known, _ in self._blocks:
-            num_rows = len(known.step_N)
-            dot_BN = _products(session, whole_BD, num_rows)
-            folds = num_rows // (COLUMNS * k)
-            if folds > 1:
-                best_BW = _folded(dot_BN, of_BP, known, num_rows // folds)
-                best_BK = np.partition(np.hstack([best_BK, best_BW]), -k, axis=1)[:, -k:]
-                edge_B = best_BK[:, 0].copy()
-            found.append(_named(dot_BN, of_BP, known, edge_B, begin, room, crowded_B))
-        fresh = sorted(row for block in self._blocks for row in block.fresh)
-        if fresh:
-            row_R = np.tile(np.array(fresh), num_users)
-            upper_R = np.full(len(row_R), np.inf, np.float32)
-            found.append((np.full(num_users, len(fresh)), row_R, upper_R))
-        if len(found) == 1:
-            return Survivors(*found[0][:2], crowded_B)
-        return Survivors(*_together(found, edge_B), crowded_B)
+        known, num_users = self._known, len(q_BD)
+        asked = _rounded(q_BD, known.whole_VQL.shape[1], known.most_4)
+        stride, num_columns, rank = _sample(self._num_rows, k)
+        best_BC = np.empty((num_users, num_columns), np.float32)
+        _look_at_some(known, asked, stride, best_BC)
+        edge_B = np.full(num_users, np.inf, np.float32)
+        if rank <= num_columns:
+            edge_B = np.partition(best_BC, num_columns - rank, axis=1)[:, num_columns - rank].copy()
+        word_BW = np.empty((num_users, len(known.whole_VQL) // SIDE), np.uint64)
+        _mark(known, asked, edge_B, word_BW)
+        size_B = _sizes(word_BW, max(CROWD * k, CROWD_MIN))
+        edge_B[size_B == 0] = np.inf
+        return Survivors(size_B, _rows_of(word_BW, size_B), edge_B)
 
-    def _block(self, vectors_ND: F32, begin: int, end: int) -> _Block:
-        vectors_ND, left = vectors_ND[begin:end], max(0, LANES - (end - begin))
-        vectors_ND = np.pad(vectors_ND, ((0, left), (0, 0)))
-        bias_N, vectors_ND = vectors_ND[:, -1].copy(), vectors_ND[:, :-1]
-        bias_N[end - begin :] = np.nan
-        step_N = np.abs(vectors_ND).max(axis=1, initial=0) / np.float32(_levels())
-        exact_ND = vectors_ND / np.where(step_N > 0, step_N, 1)[:, None]
-        whole_ND = np.rint(exact_ND)
-        taken_N = np.linalg.norm(exact_ND - whole_ND, axis=1)
-        norm_N = np.linalg.norm(vectors_ND, axis=1)
-        weighed_N = np.where(np.abs(bias_N) < BIAS_MAX, np.abs(bias_N), 0)
-        most_4 = np.array([own_N.max() for own_N in (taken_N, step_N, norm_N, weighed_N)])
-        session = session_of(_graph(whole_ND.T.astype(np.int8)), "cpu", self._threads)
-        return _Block(begin, session, _Known(step_N, bias_N, norm_N, most_4), frozenset())
+    def _room(self, num_rows: int) -> _Known:
+        num_vectors = -(-num_rows // BITS) * SIDE
+        whole_VQL = np.full((num_vectors, self._num_whole, LANES * FOUR), ZERO, np.uint8)
+        shape = num_vectors * LANES
+        return _Known(
+            whole_VQL.view(np.uint32),
+            np.zeros(shape, np.float32),
+            np.full(shape, np.nan, np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros(4, np.float32),
+        )
 
 
-def _together(found: Sequence[tuple[I64, I64, F32]], edge_B: F32) -> tuple[I64, I64]:
-    """Rows of several blocks user after user, but for those that a later block put out."""
-    user_B = np.arange(len(edge_B), dtype=np.uint16)  # 16 bits are sorted by counting
-    user_R = np.concatenate([np.repeat(user_B, size_B) for size_B, _, _ in found])
-    in_R = np.concatenate([upper_R for _, _, upper_R in found]) >= edge_B[user_R]
-    user_R = user_R[in_R]
-    row_R = np.concatenate([row_R for _, row_R, _ in found])[in_R]
-    return np.bincount(user_R, minlength=len(edge_B)), row_R[np.argsort(user_R, kind="stable")]
+def _sample(num_rows: int, k: int) -> tuple[int, int, int]:
+    """One vector in so many is looked at, how many that are, and which of them, from the best one
+    on, makes the guess: the cheapest way; the rank is beyond all of them where there is none.
 
-
-@lru_cache(maxsize=1)
-def _levels() -> int:
-    """The largest whole number of a row: 127, or 63 where this CPU adds pairs of products in 16
-    bits, which do not hold two of 255 × 127.
+    The best k rows stand in at most k vectors, of which as many are among the ones looked at as
+    heads among k throws of a coin; so rows that stand side by side in a catalogue count once.
     """
-    session = session_of(_graph(np.full((4, 16), 127, np.int8)), "cpu", 1)
-    dot_BN = _products(session, np.full((2, 4), 255, np.uint8), 16)
-    return 127 if (dot_BN == (255 - ZERO) * 127 * 4).all() else 63
-
-
-def _graph(whole_DN: npt.NDArray[np.int8]) -> bytes:
-    """`q (B, D) -> dots (B, N)`, the rows a constant, queries counted from `ZERO`."""
-    info, shape = helper.make_tensor_value_info, whole_DN.shape
-    data = np.ascontiguousarray(whole_DN).tobytes()
-    return graph_of(
-        [helper.make_node("MatMulInteger", ["q", "rows", "zero"], ["dots"])],
-        [info("q", TensorProto.UINT8, ["B", shape[0]])],
-        [info("dots", TensorProto.INT32, ["B", shape[1]])],
-        [
-            helper.make_tensor("rows", TensorProto.INT8, shape, data, raw=True),
-            helper.make_tensor("zero", TensorProto.UINT8, [], [ZERO]),
-        ],
-    )
-
-
-_LOCAL = threading.local()
-
-
-def _products(session: ort.InferenceSession, whole_BD: U8, num_rows: int) -> I32:
-    """(B, N) in memory that this thread's next call takes again: fresh memory costs as much as
-    reading it.
-    """
-    shape, size = (len(whole_BD), num_rows), len(whole_BD) * num_rows
-    kept: I32 | None = getattr(_LOCAL, "dots", None)
-    if kept is None or len(kept) < size:
-        kept = _LOCAL.dots = np.empty(max(size, PAIRS_MAX), np.int32)
-    dot_BN = kept[:size].reshape(shape)
-    binding = session.io_binding()
-    binding.bind_cpu_input("q", whole_BD)
-    binding.bind_output("dots", "cpu", 0, np.int32, shape, dot_BN.ctypes.data)
-    session.run_with_iobinding(binding)
-    return dot_BN
+    ways = []
+    for stride in STRIDES:
+        mean = k / stride
+        rank = math.ceil(mean + SAFE * math.sqrt(mean * (1 - 1 / stride + NOISE)))
+        num_columns = num_rows // LANES // stride // SIDE * SIDE
+        price = rank * stride * NAMED + num_rows / stride
+        ways.append((price if rank <= num_columns else math.inf, stride, num_columns, rank))
+    return min(ways)[1:]
 
 
 @compiled
-def _rounded(q_BD: F32) -> tuple[U8, F32]:
-    """Queries as whole numbers, and of each: its step, its last coordinate, the length of what
-    rounding took, the length of what it left; and what float32 may take from exact scores and from
-    the bounds themselves, for each unit of a row's length, and of its bias.
+def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
+    """Round these rows, and what is known of all."""
+    whole_VQL, step_N, bias_N, norm_N, most_4 = known
+    dim = vectors_ND.shape[1] - 1
+    for row in row_R:
+        most = 0.0
+        for at in range(dim):
+            most = max(most, abs(np.float64(vectors_ND[row, at])))
+        step = np.float64(np.float32(most / LEVELS))
+        vector, lane = row // LANES, row % LANES
+        taken, own = 0.0, 0.0
+        for part in range(whole_VQL.shape[1]):
+            four = np.uint32(0)
+            for of_four in range(FOUR):
+                at, whole = part * FOUR + of_four, 0.0
+                if at < dim:
+                    value = np.float64(vectors_ND[row, at])
+                    exact = value / step if step > 0 else 0.0
+                    whole = min(127.0, max(-127.0, np.rint(exact)))
+                    taken += (exact - whole) ** 2
+                    own += value**2
+                four |= np.uint32(np.int64(whole) + ZERO) << np.uint32(8 * of_four)
+            whole_VQL[vector, part, lane] = four
+        step_N[row], bias_N[row], norm_N[row] = step, vectors_ND[row, dim], math.sqrt(own)
+        weighed = abs(np.float64(vectors_ND[row, dim]))
+        most_4[0], most_4[1] = max(most_4[0], math.sqrt(taken)), max(most_4[1], step)
+        most_4[2] = max(most_4[2], math.sqrt(own))
+        most_4[3] = max(most_4[3], weighed if weighed < BIAS_MAX else 0.0)
+
+
+@compiled
+def _rounded(q_BD: F32, num_whole: int, most_4: F32) -> _Asked:
+    """Queries in 8 bits; what rounding took from them and from rows, and what float32 may take from
+    exact scores and from the bounds themselves, makes them wrong.
     """
     num_users, dim = q_BD.shape[0], q_BD.shape[1] - 1
-    whole_BD = np.empty((num_users, dim), np.uint8)
-    of_BP = np.empty((num_users, 6), np.float32)
+    num_padded = -(-num_users // USERS) * USERS
+    whole_BQ, start_B = np.zeros((num_padded, num_whole), np.int32), np.zeros(num_padded, np.int32)
+    of_BP = np.empty((num_users, 5), np.float32)
     slack = (dim / 16 + 64) * 2.0**-23
     for user in range(num_users):
         most = 0.0
         for at in range(dim):
             most = max(most, abs(np.float64(q_BD[user, at])))
-        step = np.float64(np.float32(most / 127)) if most > 0 else 1.0
+        step = np.float64(np.float32(most / LEVELS)) if most > 0 else 1.0
         taken, left, own = 0.0, 0.0, 0.0
         for at in range(dim):
             exact = np.float64(q_BD[user, at])
             whole = min(127.0, max(-127.0, np.rint(exact / step)))
-            whole_BD[user, at] = np.uint8(np.int64(whole) + ZERO)
+            byte = (np.int64(whole) & 255) << (8 * (at % FOUR))
+            whole_BQ[user, at // FOUR] |= np.int32(byte)
+            start_B[user] -= np.int32(ZERO * whole)
             taken += (exact - step * whole) ** 2
             left += (step * whole) ** 2
             own += exact**2
         of_BP[user, 0], of_BP[user, 1] = step, q_BD[user, dim]
         of_BP[user, 2] = math.sqrt(taken)
-        of_BP[user, 3] = math.sqrt(left)
-        of_BP[user, 4] = slack * math.sqrt(own)
-        of_BP[user, 5] = slack * abs(q_BD[user, dim])
-    return whole_BD, of_BP
+        of_BP[user, 3] = math.sqrt(left) * most_4[0]
+        of_BP[user, 4] = slack * (math.sqrt(own) * most_4[2] + abs(q_BD[user, dim]) * most_4[3])
+    return _Asked(whole_BQ, start_B, of_BP)
 
 
-@compiled
-def _errors(of_P: F32, most_4: F32) -> tuple[np.float32, np.float32, np.float32]:
-    """How wrong a product may be: so much of the row's length, so much of its step, and a rest."""
-    return of_P[2], of_P[3] * most_4[0], of_P[4] * most_4[2] + of_P[5] * most_4[3]
+cgutils: Any = typed_as_any
+
+_BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(ir.FloatType(), LANES)
 
 
-@compiled
-def _folded(dot_BN: I32, of_BP: F32, known: _Known, width: int) -> F32:
-    """(B, W) the highest lower bound of rows that are a multiple of W apart; rows behind the last
-    whole multiple are left out.
+def _array(context: Any, builder: Any, signature: Any, args: Any, at: int) -> Any:
+    return context.make_array(signature.args[at])(context, builder, args[at])
+
+
+def _places(places: Iterable[int]) -> Any:
+    chosen = list(places)
+    return ir.Constant(ir.VectorType(_INT, len(chosen)), chosen)
+
+
+def _spread(builder: Any, one: Any, wide: Any) -> Any:
+    first = builder.insert_element(ir.Constant(wide, None), one, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
+
+
+def _spread_all(builder: Any, values: Any, num: int) -> list[Any]:
+    return [_spread(builder, builder.extract_value(values, at), _FLOATS) for at in range(num)]
+
+
+def _dot_and_row(context: Any, builder: Any, signature: Any, args: Any) -> tuple[Any, Any]:
+    """Of arguments `dot_USL, user, side, vector`: products as floats, and their first row."""
+    lanes = ir.Constant(args[1].type, LANES)
+    at = builder.add(builder.mul(args[1], ir.Constant(args[1].type, SIDE)), args[2])
+    dots = _array(context, builder, signature, args, 0)
+    dot = _lanes_at(builder, dots, builder.mul(at, lanes), _INTS)
+    return builder.sitofp(dot, _FLOATS), builder.mul(args[3], lanes)
+
+
+def _lanes_at(builder: Any, array: Any, start: Any, wide: Any) -> Any:
+    place = builder.bitcast(builder.gep(array.data, [start]), wide.as_pointer())
+    return builder.load(place, align=4)
+
+
+def _scaled(builder: Any, one: Any, other: Any, more: Any) -> Any:
+    """One × other + more, in one step or in two: bounds leave room for either."""
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32")
+    return builder.call(function, [one, other, more])
+
+
+def _adding_bytes(builder: Any, wide: bool, whole: Any) -> Callable[[Any, Any], Any]:
+    """How to add four products of bytes to each sum, a row's without a sign, the query's with one:
+    by one instruction of AVX-512 VNNI, else in pairs of 16 bits, which every CPU can do well.
     """
-    step_N, bias_N, norm_N, most_4 = known
-    best_BW = np.full((len(dot_BN), width), _LOWEST, np.float32)
-    for user in range(len(dot_BN)):
-        per_step, last = of_BP[user, 0], of_BP[user, 1]
-        of_norm, of_step, rest = _errors(of_BP[user], most_4)
-        best_W = best_BW[user]
-        for begin in range(0, len(step_N) - width + 1, width):
-            dot_W, step_W = dot_BN[user, begin : begin + width], step_N[begin : begin + width]
-            bias_W, norm_W = bias_N[begin : begin + width], norm_N[begin : begin + width]
-            for at in range(width):
-                about = np.float32(dot_W[at]) * (step_W[at] * per_step) + bias_W[at] * last
-                lower = about - (of_norm * norm_W[at] + of_step * step_W[at] + rest)
-                best_W[at] = lower if lower > best_W[at] else best_W[at]
-    return best_BW
+    if wide:
+        bytes_64 = ir.VectorType(_BYTE, LANES * FOUR)
+        kind = ir.FunctionType(_INTS, [_INTS, bytes_64, bytes_64])
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        query = builder.bitcast(_spread(builder, whole, _INTS), bytes_64)
+        return lambda sums, rows: builder.call(
+            function, [sums, builder.bitcast(rows, bytes_64), query]
+        )
+    pairs, products = ir.VectorType(_SHORT, 2 * LANES), ir.VectorType(_INT, 2 * LANES)
+    eights = ir.Constant(ir.VectorType(_SHORT, 2), [8, 8])
+    two = builder.bitcast(whole, eights.type)
+    # The low bytes of both halves with their signs, and the high ones.
+    queries = [
+        builder.sext(builder.bitcast(_spread(builder, builder.bitcast(own, _INT), _INTS), pairs),
+                     products)
+        for own in (builder.ashr(builder.shl(two, eights), eights), builder.ashr(two, eights))
+    ]  # fmt: skip
+    low = ir.Constant(_INTS, [0x00FF00FF] * LANES)
+
+    def added(sums: Any, rows: Any) -> Any:
+        high = builder.lshr(rows, ir.Constant(_INTS, [8] * LANES))
+        for own, query in zip((rows, high), queries, strict=True):
+            row = builder.sext(builder.bitcast(builder.and_(own, low), pairs), products)
+            both = builder.mul(row, query)
+            halves = [
+                builder.shuffle_vector(both, both, _places(range(odd, 2 * LANES, 2)))
+                for odd in (0, 1)
+            ]
+            sums = builder.add(sums, builder.add(*halves))
+        return sums
+
+    return added
+
+
+def _code_of_products(
+    _context: Any,
+    whole_VQL: Any,
+    first: Any,
+    stride: Any,
+    whole_BQ: Any,
+    start_B: Any,
+    user: Any,
+    dot_USL: Any,
+) -> Any:
+    """Products of `USERS` users from `user` on with `SIDE` vectors, `stride` apart."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, queries, starts, dots = (
+            _array(context, builder, signature, args, at) for at in (0, 3, 4, 6)
+        )
+        size = builder.extract_value(rows.shape, 1)
+
+        def number(value: int) -> Any:
+            return ir.Constant(size.type, value)
+
+        vectors = [builder.add(args[1], builder.mul(args[2], number(at))) for at in range(SIDE)]
+        of_row = [builder.mul(builder.mul(vector, size), number(LANES)) for vector in vectors]
+        users = [builder.add(args[5], number(at)) for at in range(USERS)]
+        of_user = [builder.mul(own, size) for own in users]
+        starts_U = [builder.load(builder.gep(starts.data, [own])) for own in users]
+        sums_US = [
+            [cgutils.alloca_once_value(builder, _spread(builder, start, _INTS)) for _ in vectors]
+            for start in starts_U
+        ]
+        wide = "+avx512vnni" in context.codegen().magic_tuple()[2]
+        with cgutils.for_range(builder, size) as loop:
+            step = builder.mul(loop.index, number(LANES))
+            row_S = [_lanes_at(builder, rows, builder.add(own, step), _INTS) for own in of_row]
+            for own, sums_S in zip(of_user, sums_US, strict=True):
+                place = builder.gep(queries.data, [builder.add(own, loop.index)])
+                added = _adding_bytes(builder, wide, builder.load(place))
+                for sums, row in zip(sums_S, row_S, strict=True):
+                    builder.store(added(builder.load(sums), row), sums)
+        for at, sums in enumerate(sums for sums_S in sums_US for sums in sums_S):
+            place = builder.bitcast(
+                builder.gep(dots.data, [number(at * LANES)]), _INTS.as_pointer()
+            )
+            builder.store(builder.load(sums), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(whole_VQL, first, stride, whole_BQ, start_B, user, dot_USL), code
+
+
+_multiply: Any = intrinsic(_code_of_products)
+
+
+def _code_of_best(
+    _context: Any,
+    dot_USL: Any,
+    user: Any,
+    side: Any,
+    vector: Any,
+    step_N: Any,
+    bias_N: Any,
+    of_2: Any,
+) -> Any:
+    """The highest score of a vector's rows, about. `of_2`: the query's step and last coordinate."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dot, row = _dot_and_row(context, builder, signature, args)
+        step, bias = (
+            _lanes_at(builder, _array(context, builder, signature, args, at), row, _FLOATS)
+            for at in (4, 5)
+        )
+        per_step, last = _spread_all(builder, args[6], 2)
+        best = _scaled(builder, step, builder.fmul(dot, per_step), builder.fmul(bias, last))
+        width = LANES
+        while width > 1:
+            width //= 2
+            halves = [
+                builder.shuffle_vector(best, best, _places(range(at, at + width)))
+                for at in (0, width)
+            ]
+            best = builder.select(builder.fcmp_ordered(">", *halves), *halves)
+        return builder.extract_element(best, ir.Constant(_INT, 0))
+
+    return types.float32(dot_USL, user, side, vector, step_N, bias_N, of_2), code
 
 
 def _code_of_reached(
     _context: Any,
-    dot_BN: Any,
+    dot_USL: Any,
     user: Any,
-    row: Any,
+    side: Any,
+    vector: Any,
     step_N: Any,
     bias_N: Any,
     norm_N: Any,
-    of_6: Any,
+    of_5: Any,
 ) -> Any:
-    """One bit for each of `LANES` rows from `row` on: whether its upper bound reaches the edge.
+    """One bit for each of a vector's rows: whether its upper bound reaches the edge.
 
-    `of_6`: the query's step and last coordinate, its three errors, and the edge.
+    `of_5`: the query's step and last coordinate, its two errors, and the edge without its rest.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def lanes_of(at: int, start: Any, kind: Any) -> Any:
-            array = context.make_array(signature.args[at])(context, builder, args[at])
-            wide = ir.VectorType(kind, LANES)
-            place = builder.gep(array.data, [start])
-            return builder.load(builder.bitcast(place, wide.as_pointer()), align=4)
-
-        def spread(at: int) -> Any:
-            one = builder.extract_value(args[6], at)
-            wide = ir.VectorType(ir.FloatType(), LANES)
-            first = builder.insert_element(ir.Constant(wide, None), one, ir.Constant(index, 0))
-            return builder.shuffle_vector(
-                first, first, ir.Constant(ir.VectorType(index, LANES), [0] * LANES)
-            )
-
-        index = ir.IntType(32)
-        products = context.make_array(signature.args[0])(context, builder, args[0])
-        num_rows = builder.extract_value(products.shape, 1)
-        start = builder.add(builder.mul(args[1], num_rows), args[2])
-        dot = builder.sitofp(lanes_of(0, start, index), ir.VectorType(ir.FloatType(), LANES))
-        step, bias, norm = (lanes_of(at, args[2], ir.FloatType()) for at in (3, 4, 5))
-        per_step, last, of_norm, of_step, rest, edge = map(spread, range(6))
-        about = builder.fadd(
-            builder.fmul(dot, builder.fmul(step, per_step)), builder.fmul(bias, last)
+        dot, row = _dot_and_row(context, builder, signature, args)
+        step, bias, norm = (
+            _lanes_at(builder, _array(context, builder, signature, args, at), row, _FLOATS)
+            for at in (4, 5, 6)
         )
-        error = builder.fadd(
-            builder.fadd(builder.fmul(of_norm, norm), builder.fmul(of_step, step)), rest
-        )
-        reached = builder.fcmp_ordered(">=", builder.fadd(about, error), edge)
-        return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), ir.IntType(64))
+        per_step, last, of_norm, of_step, edge = _spread_all(builder, args[7], 5)
+        rest = _scaled(builder, bias, last, builder.fmul(of_norm, norm))
+        upper = _scaled(builder, step, _scaled(builder, dot, per_step, of_step), rest)
+        reached = builder.fcmp_ordered(">=", upper, edge)
+        return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), _LONG)
 
-    return types.int64(dot_BN, user, row, step_N, bias_N, norm_N, of_6), code
+    return types.uint64(dot_USL, user, side, vector, step_N, bias_N, norm_N, of_5), code
 
 
+_best: Any = intrinsic(_code_of_best)
 _reached: Any = intrinsic(_code_of_reached)
 
 
-def _code_of_lowest_bit(_context: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is set, of bits that are not all 0: one instruction, where a
-    loop that looks at each is guessed wrong at every second row that is left.
-    """
+def _code_of_lowest_bit(_context: Any, word: Any) -> Any:
+    """The place of the lowest bit of a word that is not 0."""
 
     def code(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.int64(types.int64), code
+    return types.uint64(types.uint64), code
+
+
+def _code_of_num_bits(_context: Any, word: Any) -> Any:
+    def code(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), code
 
 
 _lowest_bit: Any = intrinsic(_code_of_lowest_bit)
+_num_bits: Any = intrinsic(_code_of_num_bits)
 
 
 @compiled
-def _named(
-    dot_BN: I32,
-    of_BP: F32,
-    known: _Known,
-    edge_B: F32,
-    begin: int,
-    room: int,
-    crowded_B: Bools,
-) -> tuple[I64, I64, F32]:
-    """How many rows of each user have an upper bound that reaches the edge, which, and it."""
-    step_N, bias_N, norm_N, most_4 = known
-    num_users, num_rows = dot_BN.shape
-    size_B, row_R = np.zeros(num_users, np.int64), np.empty(num_users * room, np.int64)
-    upper_R = np.empty(num_users * room, np.float32)
+def _look_at_some(known: _Known, asked: _Asked, stride: int, best_BC: F32) -> None:
+    """The best score of every user in each of some vectors, about."""
+    whole_VQL, step_N, bias_N, _, _ = known
+    whole_BQ, start_B, of_BP = asked
+    num_users, num_columns = best_BC.shape
+    dot_USL = np.empty((USERS, SIDE, LANES), np.int32)
+    for column in range(0, num_columns, SIDE):
+        first = column * stride
+        for user in range(0, num_users, USERS):
+            _multiply(whole_VQL, first, stride, whole_BQ, start_B, user, dot_USL)
+            for at in range(min(USERS, num_users - user)):
+                of_2 = of_BP[user + at, 0], of_BP[user + at, 1]
+                for side in range(SIDE):
+                    vector = first + side * stride
+                    best = _best(dot_USL, at, side, vector, step_N, bias_N, of_2)
+                    best_BC[user + at, column + side] = best
+
+
+@compiled
+def _mark(known: _Known, asked: _Asked, edge_B: F32, word_BW: U64) -> None:
+    """One bit for each row: whether its upper bound reaches the edge."""
+    whole_VQL, step_N, bias_N, norm_N, _ = known
+    whole_BQ, start_B, of_BP = asked
+    num_users, num_words = word_BW.shape
+    dot_USL = np.empty((USERS, SIDE, LANES), np.int32)
+    for word in range(num_words):
+        first = word * SIDE
+        for user in range(0, num_users, USERS):
+            _multiply(whole_VQL, first, 1, whole_BQ, start_B, user, dot_USL)
+            for at in range(min(USERS, num_users - user)):
+                of_P = of_BP[user + at]
+                of_5 = of_P[0], of_P[1], of_P[2], of_P[3], edge_B[user + at] - of_P[4]
+                bits = np.uint64(0)
+                for side in range(SIDE):
+                    own = _reached(dot_USL, at, side, first + side, step_N, bias_N, norm_N, of_5)
+                    bits |= own << np.uint64(side * LANES)
+                word_BW[user + at, word] = bits
+
+
+@compiled
+def _sizes(word_BW: U64, room: int) -> I64:
+    """How many rows of each user are marked; none where it is a crowd."""
+    size_B = np.zeros(len(word_BW), np.int64)
+    for user in range(len(word_BW)):
+        size = np.int64(0)
+        for word in word_BW[user]:
+            size += _num_bits(word)
+        size_B[user] = size if size <= room else 0
+    return size_B
+
+
+@compiled
+def _rows_of(word_BW: U64, size_B: I64) -> I64:
+    """The marked rows, user after user."""
+    row_R = np.empty(size_B.sum(), np.int64)
     num = 0
-    for user in range(num_users):
-        per_step, last, edge = of_BP[user, 0], of_BP[user, 1], edge_B[user]
-        of_norm, of_step, rest = _errors(of_BP[user], most_4)
-        first = num
-        for start in range(0, num_rows, LANES):
-            # The last lanes overlap those before them, whose rows are taken already.
-            at = min(start, num_rows - LANES)
-            of_6 = per_step, last, of_norm, of_step, rest, edge
-            bits = _reached(dot_BN, user, at, step_N, bias_N, norm_N, of_6) >> (start - at)
-            if bits and num - first > room - LANES:
-                crowded_B[user] = True
-                break
-            while bits:
-                row = start + _lowest_bit(bits)
-                step = step_N[row]
-                about = np.float32(dot_BN[user, row]) * (step * per_step) + bias_N[row] * last
-                upper_R[num] = about + (of_norm * norm_N[row] + of_step * step + rest)
-                row_R[num] = begin + row
+    for user in range(len(word_BW)):
+        if size_B[user] == 0:
+            continue
+        for at in range(word_BW.shape[1]):
+            word = word_BW[user, at]
+            while word:
+                row_R[num] = at * BITS + np.int64(_lowest_bit(word))
                 num += 1
-                bits &= bits - 1
-        size_B[user] = num - first
-    return size_B, row_R[:num].copy(), upper_R[:num].copy()
+                word &= word - np.uint64(1)
+    return row_R

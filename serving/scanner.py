@@ -97,7 +97,7 @@ class Scanner:
             graph = scan_graph(scan_vectors_ND.shape[1], half=self._half)
             self._session = session_of(graph, self.provider, threads)
         elif bounded:
-            self._bounds = Bounds(scan_vectors_ND, threads=threads)
+            self._bounds = Bounds(scan_vectors_ND)
 
     @property
     def num_rows(self) -> int:
@@ -162,19 +162,14 @@ class Scanner:
         q_BD = np.ascontiguousarray(q_BD)
         if self._bounds is None:
             return best_rows(all_scores(q_BD, self._matrix), k)
-        size_B, row_R, crowded_B = self._bounds.survivors(q_BD, k)
-        user_R = np.repeat(np.arange(len(q_BD)), size_B)
-        score_R = scores_of(q_BD, self._matrix, user_R, row_R)
-        if not crowded_B.any():
-            return best_of_groups(score_R, row_R, size_B, k)[:2]
-        score_BK, row_BK = np.empty((len(q_BD), k), np.float32), np.empty((len(q_BD), k), np.int64)
-        easy_B = ~crowded_B
-        if easy_B.any():
-            own_R = easy_B[user_R]
-            score_BK[easy_B], row_BK[easy_B], _ = best_of_groups(
-                score_R[own_R], row_R[own_R], size_B[easy_B], k
-            )
-        for user in np.flatnonzero(crowded_B).tolist():
+        size_B, row_R, edge_B = self._bounds.survivors(q_BD, k)
+        missed_B, score_BK = size_B < k, np.empty((len(q_BD), k), np.float32)
+        row_BK = np.empty(score_BK.shape, np.int64)
+        if not missed_B.all():
+            score_R = scores_of(q_BD, self._matrix, np.repeat(np.arange(len(q_BD)), size_B), row_R)
+            score_BK, row_BK, _ = best_of_groups(score_R, row_R, size_B, k)
+            missed_B |= ~(score_BK[:, -1] >= edge_B)
+        for user in np.flatnonzero(missed_B).tolist():
             one = slice(user, user + 1)
             score_BK[one], row_BK[one] = best_rows(all_scores(q_BD[one], self._matrix), k)
         return score_BK, row_BK

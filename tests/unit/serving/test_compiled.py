@@ -45,7 +45,7 @@ def test_a_loaded_release_compiles_nothing_more(tmp_path: Path, scan: str) -> No
         "candidates.name_candidates",
         "describing.describe_all",
         "texts._written",
-        "bounds._named",
+        "bounds._mark",
         "dots._pairs",
     ):
         assert before[f"afterclick.serving.{name}"] == 1

@@ -1,10 +1,15 @@
 """A scan in 8 bits that knows its error must give what sorting all exact scores gives, always."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from afterclick.serving import bounds, dots
-from afterclick.serving.bounds import FRESH_MAX, Bounds
+from afterclick.serving.bounds import Bounds
 from afterclick.serving.scanner import MASKED, Scanner
 
 F32 = np.ndarray
@@ -29,6 +34,8 @@ def world(kind: str, num: int, *, seed: int = 1) -> tuple[F32, F32]:
         vectors[:] = vectors[0] + vectors * np.float32(1e-4)
     if kind == "equal":
         vectors[:] = vectors[0]
+    if kind == "side by side":  # whatever is best stands in one place
+        vectors[num // 2 : num // 2 + 90, -1] += 30
     if kind == "ties":
         vectors = vectors[np.arange(num) // 7]
     if kind == "masked":
@@ -54,7 +61,7 @@ def world(kind: str, num: int, *, seed: int = 1) -> tuple[F32, F32]:
 
 KINDS = (
     "normal", "unit", "long-tail", "spiky", "close", "equal", "ties", "masked", "biased", "zeros",
-    "slanted rows", "slanted queries",
+    "slanted rows", "slanted queries", "side by side",
 )  # fmt: skip
 
 
@@ -71,12 +78,8 @@ def check(scanner: Scanner, vectors: F32, q_BD: F32, k: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_rows", [1 << 15, 700])
-def test_the_best_are_those_of_a_full_sort(
-    kind: str, block_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the vectors are like, in one block or in many, for few results and for all."""
-    monkeypatch.setattr(bounds, "BLOCK_ROWS", block_rows)
+def test_the_best_are_those_of_a_full_sort(kind: str) -> None:
+    """Whatever the vectors are like, for few results and for all."""
     for num in (1, 15, 40, 699, 5000):
         vectors, q_BD = world(kind, num)
         scanner = Scanner(vectors, provider="cpu", threads=1)
@@ -84,36 +87,92 @@ def test_the_best_are_those_of_a_full_sort(
             check(scanner, vectors, q_BD, min(k, num))
 
 
-def test_few_rows_are_scored_exactly() -> None:
-    """Else nothing would be gained; and who has many close rows is told apart from the others."""
+@pytest.mark.parametrize("kind", ["unit", "biased", "side by side"])
+@pytest.mark.parametrize("num", [2000, 20_000, 100_000])
+def test_few_rows_are_scored_exactly(kind: str, num: int) -> None:
+    """Else nothing would be gained."""
+    vectors, q_BD = world(kind, num)
+    size_B, row_R, edge_B = Bounds(vectors).survivors(q_BD, 71)
+    best_BK, _ = sorted_all(vectors, q_BD, 71)
+    assert (best_BK[:, -1] >= edge_B).all()
+    assert len(row_R) == size_B.sum()
+    assert size_B.max() < 1000
+
+
+def test_who_has_many_close_rows_is_scored_whole() -> None:
+    """They are told apart from the others, in one call."""
     vectors, q_BD = world("unit", 20_000)
-    found = Bounds(vectors).survivors(q_BD, 71)
-    assert not found.crowded_B.any()
-    assert found.size_B.min() >= 71
-    assert found.size_B.max() < 1000
-    vectors, q_BD = world("equal", 20_000)
-    assert Bounds(vectors).survivors(q_BD, 71).crowded_B.all()
-
-
-@pytest.mark.parametrize("kind", ["unit", "long-tail", "masked"])
-def test_fewer_levels_are_as_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPUs that add products in 16 bits get rows of 7 bits."""
-    assert bounds._levels() in (63, 127)
-    monkeypatch.setattr(bounds, "_levels", lambda: 63)
-    vectors, q_BD = world(kind, 5000)
+    vectors[:, -1] = 0
+    q_BD[::2, :-1] = 0
+    size_B, _, edge_B = Bounds(vectors).survivors(q_BD, 71)
+    assert (size_B[::2] == 0).all()
+    assert np.isinf(edge_B[::2]).all()
+    assert (size_B[1::2] >= 71).all()
     check(Scanner(vectors, provider="cpu", threads=1), vectors, q_BD, 71)
 
 
-def test_rows_that_changed_are_scored_as_they_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masked, shown and new rows, in few and in many changes, in a block that is full and in the
-    last one; no answer may depend on what happened between.
+@pytest.mark.parametrize("rank", [1, 18])
+def test_a_guess_that_is_too_high_costs_time_only(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For everybody, and for some of those who were asked for."""
+    monkeypatch.setattr(bounds, "_sample", lambda num_rows, _k: (4, num_rows // 64, rank))
+    vectors, q_BD = world("unit", 20_000)
+    best_BK, _ = sorted_all(vectors, q_BD, 71)
+    missed_B = best_BK[:, -1] < Bounds(vectors).survivors(q_BD, 71).edge_B
+    assert missed_B.all() if rank == 1 else 0 < missed_B.sum() < len(q_BD)
+    check(Scanner(vectors, provider="cpu", threads=1), vectors, q_BD, 71)
+
+
+def whole_numbers() -> tuple[F32, F32]:
+    """Rows and queries that rounding takes nothing from, the largest numbers among them."""
+    rng = np.random.default_rng(5)
+    vectors, q_BD = (rng.choice([-127, -126, -1, 0, 1, 3, 127], (num, DIM)) for num in (5000, 20))
+    vectors[:, 0] = q_BD[:, 0] = 127
+    vectors[:, -1] = 0
+    return vectors.astype(np.float32), q_BD.astype(np.float32)
+
+
+def test_products_are_those_of_whole_numbers() -> None:
+    """So what is named is what reaches the guess, but for what float32 itself may take."""
+    vectors, q_BD = whole_numbers()
+    size_B, row_R, edge_B = Bounds(vectors).survivors(q_BD, 71)
+    for user, own_R in enumerate(np.split(row_R, np.cumsum(size_B)[:-1])):
+        score_N = vectors.astype(np.int64) @ q_BD[user].astype(np.int64)
+        assert edge_B[user] in score_N
+        assert set(np.flatnonzero(score_N >= edge_B[user])) <= set(own_R.tolist())
+        assert score_N[own_R].min() >= edge_B[user] - 4
+
+
+def test_every_cpu_names_the_same_rows(tmp_path: Path) -> None:
+    """Without VNNI, as on an older CPU: other instructions, the same whole numbers."""
+    vectors, q_BD = whole_numbers()
+    np.savez(tmp_path / "world.npz", vectors=vectors, q_BD=q_BD)
+    code = (
+        "import sys, numpy as np; from afterclick.serving import bounds\n"
+        "world = np.load(sys.argv[1] + '/world.npz')\n"
+        "found = bounds.Bounds(world['vectors']).survivors(world['q_BD'], 71)\n"
+        "assert 'vpdpbusd' not in str(bounds._mark.inspect_llvm())\n"
+        "np.savez(sys.argv[1] + '/found.npz', **found._asdict())"
+    )
+    older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    environment = os.environ | older | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True)
+    expected = Bounds(vectors).survivors(q_BD, 71)
+    with np.load(tmp_path / "found.npz") as found:
+        for name, array in expected._asdict().items():
+            assert np.array_equal(found[name], array)
+
+
+def test_rows_that_changed_are_scored_as_they_are_now() -> None:
+    """Masked, shown and new rows, in few and in many changes; no answer may depend on what happened
+    between.
     """
-    monkeypatch.setattr(bounds, "BLOCK_ROWS", 2000)
     first, q_BD = world("unit", 5000)
     now = first.copy()
     scanner = Scanner(now, provider="cpu", threads=1)
     rng = np.random.default_rng(12)
-    for num in (1, 3, FRESH_MAX - 10, 5, 20, 700, 0, 2):
+    for num in (1, 3, 120, 5, 20, 700, 0, 2):
         rows = rng.choice(len(now), num, replace=False)
         now[rows] = rng.standard_normal((num, DIM))
         now[rows[::3]] = 0.0
@@ -138,8 +197,8 @@ def test_a_score_does_not_depend_on_company(monkeypatch: pytest.MonkeyPatch) -> 
     user_R, row_R = np.random.default_rng(3).integers(0, (20, 3000), (500, 2)).T.copy()
     assert np.array_equal(scanner.look(q_BD, 5).of(user_R, row_R), whole[user_R, row_R])
     best = scanner.top(q_BD, 71)
-    for pairs in (1 << 20, 7000, 1):
-        monkeypatch.setattr(bounds, "PAIRS_MAX", pairs)
+    for words in (1 << 20, 150, 1):
+        monkeypatch.setattr(bounds, "WORDS_MAX", words)
         for size in (1, 7):
             parts = [scanner.top(q_BD[at : at + size], 71) for at in range(0, 20, size)]
             for found, expected in zip(zip(*parts, strict=True), best, strict=True):
