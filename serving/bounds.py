@@ -254,7 +254,7 @@ def _rounded(q_BD: F32, num_whole: int, most_4: F32) -> _Asked:
 
 cgutils: Any = typed_as_any
 
-_BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (16, 32, 64))
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -302,14 +302,10 @@ def _adding_bytes(builder: Any, wide: bool, whole: Any) -> Callable[[Any, Any], 
     by one instruction of AVX-512 VNNI, else in pairs of 16 bits, which every CPU can do well.
     """
     if wide:
-        bytes_64 = ir.VectorType(_BYTE, LANES * FOUR)
-        kind = ir.FunctionType(_INTS, [_INTS, bytes_64, bytes_64])
-        name = "llvm.x86.avx512.vpdpbusd.512"
+        name, query = "llvm.x86.avx512.vpdpbusd.512", _spread(builder, whole, _INTS)
+        kind = ir.FunctionType(_INTS, [_INTS] * 3)
         function = cgutils.get_or_insert_function(builder.module, kind, name)
-        query = builder.bitcast(_spread(builder, whole, _INTS), bytes_64)
-        return lambda sums, rows: builder.call(
-            function, [sums, builder.bitcast(rows, bytes_64), query]
-        )
+        return lambda sums, rows: builder.call(function, [sums, rows, query])
     pairs, products = ir.VectorType(_SHORT, 2 * LANES), ir.VectorType(_INT, 2 * LANES)
     eights = ir.Constant(ir.VectorType(_SHORT, 2), [8, 8])
     two = builder.bitcast(whole, eights.type)

@@ -67,7 +67,7 @@ class Scanner:
     Args:
         scan_vectors_ND: the matrix, C-contiguous and finite.
         provider: `cpu`, `cuda` or `auto`.
-        threads: of one product.
+        threads: of a call of ONNX Runtime; a scan on the CPU takes one.
         precision: `fp16` halves the matrix on CUDA.
         bounded: keep it in 8 bits beside, on the CPU; without, every row is scored.
     """

@@ -89,8 +89,8 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
     threads: Annotated[int, Meta(ge=0, le=256)] = 1
     """Threads of one ONNX Runtime call; 0 means one per core. Several partitions folded side by
-    side
-    with one thread each beat one fold with all threads (docs/performance.md).
+    side with one thread each beat one fold with all threads (docs/performance.md). A scan on the
+    CPU takes one, whatever stands here.
     """
 
     scan: Scan = "exact"

@@ -77,6 +77,7 @@ class ReadAhead:
             self._from = self._upto = start
         while self._held and self._held[0].offset < start:
             self._held.popleft()
+        self._from = start
         while start < stop:
             if self._upto <= start:
                 end = max(stop, self.edges(topic, partition)[1])

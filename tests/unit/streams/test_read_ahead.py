@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from afterclick.streams import feed
@@ -33,6 +33,7 @@ def offsets_of(log: Log | ReadAhead, start: int, stop: int) -> list[int]:
     return [record.offset for records in log.read("signals", 0, start, stop) for record in records]
 
 
+@example({1}, [(0, 1), (2, 0), (1, 1)], 2)
 @given(
     st.sets(st.integers(0, 60)),
     st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12),
