@@ -297,7 +297,9 @@ def gather(
     )
     row_R = rows.row_N[found.code_R]
     user_R = np.repeat(np.arange(len(contexts)), np.diff(found.begin_B1))
-    model_R = np.where(row_R < 0, MASKED, look.of(user_R, np.maximum(row_R, 0)))
+    model_R = np.where(row_R < 0, MASKED, found.score_R)
+    unknown_R = np.flatnonzero(np.isnan(model_R))
+    model_R[unknown_R] = look.of(user_R[unknown_R], row_R[unknown_R])
     timed = not TIMED.isdisjoint(spec.features)
     reach = not set(REACH_FEATURES).isdisjoint(spec.features)
     feature_RF = describe(

@@ -152,6 +152,8 @@ class Found(NamedTuple):
     """A bit for each of `SOURCES` that named the candidate."""
     place_R: I64
     """By the model, from 0, equal scores sharing the best one; `Sizes.model` where it is behind."""
+    score_R: F32
+    """The model's, where it is not behind; else no number."""
     near_R: F64
     """What the nearest sessions say."""
     near_B: F64
@@ -328,10 +330,11 @@ def name_candidates(
     room = ranked + sizes.neighbours + sizes.followers + 2 * sizes.older + sizes.own
     room = num_users * (room + len(popular_X) + len(touched_X) + sizes.newest)
     code_R, source_R = np.empty(room, np.int64), np.empty(room, np.uint8)
-    place_R = np.full(room, of_model)
+    place_R, score_R = np.full(room, of_model), np.full(room, np.nan, np.float32)
     begin_B1, norm_B = np.zeros(num_users + 1, np.int64), np.full(num_users, masked)
     near_R, near_B = np.empty(room), np.zeros(num_users)
     code_C, place_C = np.empty(ranked, np.int64), np.empty(of_model, np.int64)
+    score_C = np.empty(of_model, np.float32)
     session_X = np.empty(LAST * sizes.sessions + 1, np.int64)
     position_X = np.empty(LAST * sizes.sessions + 1, np.int64)
     code_G = np.empty(sizes.nearest * (PIECE - 1) + 1, np.int64)
@@ -360,7 +363,7 @@ def name_candidates(
                 shared, before = place, score
             if place < of_model:
                 mass += math.exp(score - top)
-                place_C[place] = shared
+                place_C[place], score_C[place] = shared, score
             code_C[place] = code
             place += 1
         if place > 0:
@@ -407,7 +410,8 @@ def name_candidates(
             named += 1
         for at in range(min(place, of_model)):
             if row_N[code_C[at]] > 0:
-                place_R[row_N[code_C[at]] - 1] = place_C[at]
+                row = row_N[code_C[at]] - 1
+                place_R[row], score_R[row] = place_C[at], score_C[at]
 
         for row in range(begin_B1[user], num):
             near_R[row] = sum_N[code_R[row]]
@@ -418,5 +422,12 @@ def name_candidates(
             row_N[code] = 0
         begin_B1[user + 1] = num
     return Found(
-        begin_B1, code_R[:num], source_R[:num], place_R[:num], near_R[:num], near_B, norm_B
+        begin_B1,
+        code_R[:num],
+        source_R[:num],
+        place_R[:num],
+        score_R[:num],
+        near_R[:num],
+        near_B,
+        norm_B,
     )

@@ -195,6 +195,30 @@ def test_items_published_last_are_candidates_before_anybody_clicks(tmp_path: Pat
     assert candidates(0) == [set()] * 3
 
 
+def test_what_the_scan_has_scored_is_not_scored_again(loaded: LoadedRelease) -> None:
+    """A candidate that the model names itself comes with its score."""
+    query_BD, contexts = some(loaded, 5)
+    assert loaded.manifest.blend is not None
+    assert loaded.memory is not None
+    spec = msgspec.structs.replace(loaded.manifest.blend, model=10)
+    rows, look = rows_of(loaded.memory, loaded.catalog), loaded.scanner.look(query_BD, 21)
+    asked: set[tuple[int, int]] = set()
+
+    def of(user_R: np.ndarray, row_R: np.ndarray) -> np.ndarray:
+        asked.update(zip(user_R.tolist(), row_R.tolist(), strict=True))
+        return look.of(user_R, row_R)
+
+    own = look._replace(of=of)
+    pool = gather(spec, query_BD, contexts, loaded.memory, rows, loaded.scanner, 20, look=own).pool
+    user_R = np.repeat(np.arange(5), np.diff(pool.begin_B1))
+    row_R, known_R = rows.row_N[pool.code_R], ~np.isnan(pool.score_R)
+    assert known_R.sum() == 5 * 10
+    score_R = loaded.scanner.scores(query_BD)[user_R, row_R]
+    assert np.array_equal(pool.score_R[known_R], score_R[known_R])
+    others = zip(user_R[~known_R].tolist(), row_R[~known_R].tolist(), strict=True)
+    assert asked == set(others) != set()
+
+
 def test_reach_equals_its_definition(loaded: LoadedRelease) -> None:
     """What came within three steps after the last six items, counted one by one."""
     memory = loaded.memory
