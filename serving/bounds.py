@@ -152,7 +152,9 @@ class Bounds:
         _look_at_some(known, asked, stride, best_BC)
         edge_B = np.full(num_users, np.inf, np.float32)
         if rank <= num_columns:
-            edge_B = np.partition(best_BC, num_columns - rank, axis=1)[:, num_columns - rank].copy()
+            edge_B = np.partition(best_BC, num_columns - rank, axis=1)[:, num_columns - rank]
+            # Where few rows may be listed, the guess would be another: all of the few are named.
+            edge_B = np.maximum(edge_B, np.float32(-BIAS_MAX))
         word_BW = np.empty((num_users, len(known.whole_VQL) // SIDE), np.uint64)
         _mark(known, asked, edge_B, word_BW)
         size_B = _sizes(word_BW, max(CROWD * k, CROWD_MIN))

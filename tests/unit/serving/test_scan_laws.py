@@ -99,6 +99,15 @@ def test_few_rows_are_scored_exactly(kind: str, num: int) -> None:
     assert size_B.max() < 1000
 
 
+def test_few_rows_are_scored_where_few_may_be_listed() -> None:
+    """Of 5,000 rows 100 are shown: a guess from some vectors would be a masked row."""
+    vectors, q_BD = world("masked", 5000)
+    size_B, _, edge_B = Bounds(vectors).survivors(q_BD, 71)
+    assert size_B.tolist() == [100] * len(q_BD)
+    assert (edge_B > MASKED / 2).all()
+    check(Scanner(vectors, provider="cpu", threads=1), vectors, q_BD, 71)
+
+
 def test_who_has_many_close_rows_is_scored_whole() -> None:
     """They are told apart from the others, in one call."""
     vectors, q_BD = world("unit", 20_000)
