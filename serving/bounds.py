@@ -60,7 +60,7 @@ CROWD, CROWD_MIN = 16, 2048
 WORDS_MAX = 1 << 22
 """Words of one call, 32 MiB: 1,700 users at 160,000 rows, 26 at ten million."""
 
-LEVELS, ZERO = 127, 128
+LEVELS, ZERO = 127.0, 128
 """The largest whole number of a coordinate, and what a row's are counted from."""
 
 BIAS_MAX = 1e20
@@ -210,7 +210,7 @@ def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
                 if at < dim:
                     value = np.float64(vectors_ND[row, at])
                     exact = value / step if step > 0 else 0.0
-                    whole = min(127.0, max(-127.0, np.rint(exact)))
+                    whole = min(LEVELS, max(-LEVELS, np.rint(exact)))
                     taken += (exact - whole) ** 2
                     own += value**2
                 four |= np.uint32(np.int64(whole) + ZERO) << np.uint32(8 * of_four)
@@ -240,7 +240,7 @@ def _rounded(q_BD: F32, num_whole: int, most_4: F32) -> _Asked:
         taken, left, own = 0.0, 0.0, 0.0
         for at in range(dim):
             exact = np.float64(q_BD[user, at])
-            whole = min(127.0, max(-127.0, np.rint(exact / step)))
+            whole = min(LEVELS, max(-LEVELS, np.rint(exact / step)))
             byte = (np.int64(whole) & 255) << (8 * (at % FOUR))
             whole_BQ[user, at // FOUR] |= np.int32(byte)
             start_B[user] -= np.int32(ZERO * whole)
@@ -278,13 +278,19 @@ def _spread_all(builder: Any, values: Any, num: int) -> list[Any]:
     return [_spread(builder, builder.extract_value(values, at), _FLOATS) for at in range(num)]
 
 
-def _dot_and_row(context: Any, builder: Any, signature: Any, args: Any) -> tuple[Any, Any]:
-    """Of arguments `dot_USL, user, side, vector`: products as floats, and their first row."""
-    lanes = ir.Constant(args[1].type, LANES)
-    at = builder.add(builder.mul(args[1], ir.Constant(args[1].type, SIDE)), args[2])
-    dots = _array(context, builder, signature, args, 0)
-    dot = _lanes_at(builder, dots, builder.mul(at, lanes), _INTS)
-    return builder.sitofp(dot, _FLOATS), builder.mul(args[3], lanes)
+def _of_vector(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Of arguments `dot_USL, user, side, vector`, what is known of rows, and of a query: a vector's
+    products as floats, and what is known of its rows.
+    """
+    dots, *known = (
+        _array(context, builder, signature, args, at) for at in (0, *range(4, len(args) - 1))
+    )
+    user, side, vector = args[1:4]
+    lanes = ir.Constant(user.type, LANES)
+    at = builder.add(builder.mul(user, ir.Constant(user.type, SIDE)), side)
+    dot = builder.sitofp(_lanes_at(builder, dots, builder.mul(at, lanes), _INTS), _FLOATS)
+    row = builder.mul(vector, lanes)
+    return [dot, *(_lanes_at(builder, own_N, row, _FLOATS) for own_N in known)]
 
 
 def _lanes_at(builder: Any, array: Any, start: Any, wide: Any) -> Any:
@@ -399,12 +405,8 @@ def _code_of_best(
     """The highest score of a vector's rows, about. `of_2`: the query's step and last coordinate."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dot, row = _dot_and_row(context, builder, signature, args)
-        step, bias = (
-            _lanes_at(builder, _array(context, builder, signature, args, at), row, _FLOATS)
-            for at in (4, 5)
-        )
-        per_step, last = _spread_all(builder, args[6], 2)
+        dot, step, bias = _of_vector(context, builder, signature, args)
+        per_step, last = _spread_all(builder, args[-1], 2)
         best = _scaled(builder, step, builder.fmul(dot, per_step), builder.fmul(bias, last))
         width = LANES
         while width > 1:
@@ -436,12 +438,8 @@ def _code_of_reached(
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dot, row = _dot_and_row(context, builder, signature, args)
-        step, bias, norm = (
-            _lanes_at(builder, _array(context, builder, signature, args, at), row, _FLOATS)
-            for at in (4, 5, 6)
-        )
-        per_step, last, of_norm, of_step, edge = _spread_all(builder, args[7], 5)
+        dot, step, bias, norm = _of_vector(context, builder, signature, args)
+        per_step, last, of_norm, of_step, edge = _spread_all(builder, args[-1], 5)
         rest = _scaled(builder, bias, last, builder.fmul(of_norm, norm))
         upper = _scaled(builder, step, _scaled(builder, dot, per_step, of_step), rest)
         reached = builder.fcmp_ordered(">=", upper, edge)
