@@ -15,6 +15,7 @@ properties of a query.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ counts six times, each coordinate of a query 64 times, and all sums stay in regi
 BITS = SIDE * LANES
 """Rows of one word."""
 
-STRIDES = (1, 2, 4, 8, 16, 32, 64)
+SHARES = (1, 2, 4, 8, 16, 32, 64)
 """One vector in so many makes the guess."""
 
 NAMED = 75
@@ -51,8 +52,8 @@ NAMED = 75
 SAFE = 4
 """Standard deviations of what chance does to a guess that it leaves room for."""
 
-NOISE = 1 / 16
-"""What rounding does to it beside, as a share of a result: rows that change places."""
+NOISE = 1 / 8
+"""What rounding does to it at most, as a share of a result: rows that change places."""
 
 CROWD, CROWD_MIN = 16, 2048
 """For whom so many times more rows are named than wanted, and as many, is scored whole."""
@@ -62,6 +63,8 @@ WORDS_MAX = 1 << 22
 
 LEVELS, ZERO = 127.0, 128
 """The largest whole number of a coordinate, and what a row's are counted from."""
+
+LOWEST = -3e38
 
 BIAS_MAX = 1e20
 """A bias beyond it masks its row."""
@@ -77,15 +80,17 @@ class Survivors(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """Rows in 8 bits, and what bounds are made of beside: row n is about `step_N[n]` × whole
-    numbers.
+    """Rows in 8 bits, and what bounds are made of beside: a row is about its step × whole numbers.
+
+    Row n is lane n // V of vector n % V: rows that stand side by side in a catalogue, and may be
+    alike, are in different vectors.
     """
 
     whole_VQL: npt.NDArray[np.uint32]
     """Four coordinates each, counted from `ZERO`."""
     step_N: F32
     bias_N: F32
-    """NaN behind the last row: a bound that is no number reaches no edge."""
+    """NaN where there is no row: a bound that is no number reaches no edge."""
     norm_N: F32
     """Length without the bias."""
     most_4: F32
@@ -113,21 +118,20 @@ class Bounds:
     """
 
     def __init__(self, vectors_ND: F32) -> None:
-        self._num_rows, self._num_whole = 0, -(-(vectors_ND.shape[1] - 1) // FOUR)
-        self._known = self._room(0)
+        self._num_rows, self._known, self._drawn_V = 0, _room(0, 0), np.arange(0)
         self.changed(vectors_ND, ())
 
     def changed(self, vectors_ND: F32, rows: Iterable[int]) -> None:
         """Take a matrix with at least as many rows, of which these differ from before; new ones
         need not be named. Not while others look for survivors.
         """
-        num_rows, known = len(vectors_ND), self._known
-        if num_rows > len(known.step_N):
-            self._known = self._room(num_rows)
-            for new, old in zip(self._known, known, strict=True):
-                new[: len(old)] = old
-        new_N = np.arange(self._num_rows, num_rows)
-        _take(vectors_ND, np.concatenate([np.array(sorted(rows), np.int64), new_N]), self._known)
+        num_rows, dim = vectors_ND.shape
+        if num_rows > len(self._known.step_N):
+            self._num_rows, self._known = 0, _room(num_rows, -(-(dim - 1) // FOUR))
+            # By chance, because what a catalogue repeats may do so in any step.
+            self._drawn_V = np.random.default_rng(0).permutation(len(self._known.whole_VQL))
+        new_R = np.arange(self._num_rows, num_rows)
+        _take(vectors_ND, np.concatenate([np.array(sorted(rows), np.int64), new_R]), self._known)
         self._num_rows = num_rows
 
     def survivors(self, q_BD: F32, k: int) -> Survivors:
@@ -137,8 +141,7 @@ class Bounds:
             q_BD: queries, C-contiguous, at least one.
             k: at least 1, at most all rows.
         """
-        num_vectors = -(-self._num_rows // BITS) * SIDE
-        size = max(1, WORDS_MAX // (num_vectors // SIDE))
+        size = max(1, WORDS_MAX // (len(self._drawn_V) // SIDE))
         parts = [self._survivors(q_BD[at : at + size], k) for at in range(0, len(q_BD), size)]
         if len(parts) == 1:
             return parts[0]
@@ -147,47 +150,51 @@ class Bounds:
     def _survivors(self, q_BD: F32, k: int) -> Survivors:
         known, num_users = self._known, len(q_BD)
         asked = _rounded(q_BD, known.whole_VQL.shape[1], known.most_4)
-        stride, num_columns, rank = _sample(self._num_rows, k)
+        num_columns, rank = _sample(len(self._drawn_V), k)
         best_BC = np.empty((num_users, num_columns), np.float32)
-        _look_at_some(known, asked, stride, best_BC)
+        _look_at_some(known, asked, self._drawn_V, best_BC)
         edge_B = np.full(num_users, np.inf, np.float32)
         if rank <= num_columns:
             edge_B = np.partition(best_BC, num_columns - rank, axis=1)[:, num_columns - rank]
             # Where few rows may be listed, the guess would be another: all of the few are named.
             edge_B = np.maximum(edge_B, np.float32(-BIAS_MAX))
         word_BW = np.empty((num_users, len(known.whole_VQL) // SIDE), np.uint64)
-        _mark(known, asked, edge_B, word_BW)
+        _mark(known, asked, np.arange(len(self._drawn_V)), edge_B, word_BW)
         size_B = _sizes(word_BW, max(CROWD * k, CROWD_MIN))
         edge_B[size_B == 0] = np.inf
         return Survivors(size_B, _rows_of(word_BW, size_B), edge_B)
 
-    def _room(self, num_rows: int) -> _Known:
-        num_vectors = -(-num_rows // BITS) * SIDE
-        whole_VQL = np.full((num_vectors, self._num_whole, LANES * FOUR), ZERO, np.uint8)
-        shape = num_vectors * LANES
-        return _Known(
-            whole_VQL.view(np.uint32),
-            np.zeros(shape, np.float32),
-            np.full(shape, np.nan, np.float32),
-            np.zeros(shape, np.float32),
-            np.zeros(4, np.float32),
-        )
+
+def _room(num_rows: int, num_whole: int) -> _Known:
+    num_vectors = -(-num_rows // BITS) * SIDE
+    whole_VQL = np.full((num_vectors, num_whole, LANES * FOUR), ZERO, np.uint8)
+    shape = num_vectors * LANES
+    return _Known(
+        whole_VQL.view(np.uint32),
+        np.zeros(shape, np.float32),
+        np.full(shape, np.nan, np.float32),
+        np.zeros(shape, np.float32),
+        np.zeros(4, np.float32),
+    )
 
 
-def _sample(num_rows: int, k: int) -> tuple[int, int, int]:
-    """One vector in so many is looked at, how many that are, and which of them, from the best one
-    on, makes the guess: the cheapest way; the rank is beyond all of them where there is none.
+@lru_cache(maxsize=64)
+def _sample(num_vectors: int, k: int) -> tuple[int, int]:
+    """How many vectors are looked at, and which of them, from the best one on, makes the guess: the
+    cheapest way; the rank is beyond all of them where there is none.
 
-    The best k rows stand in at most k vectors, of which as many are among the ones looked at as
-    heads among k throws of a coin; so rows that stand side by side in a catalogue count once.
+    Of the best k rows as many are among those looked at as heads among k throws of a coin: more
+    than so many standard deviations above their mean, and what the curve's being no bell adds
+    (Cornish & Fisher 1938), are not to be expected, nor more than k.
     """
     ways = []
-    for stride in STRIDES:
-        mean = k / stride
-        rank = math.ceil(mean + SAFE * math.sqrt(mean * (1 - 1 / stride + NOISE)))
-        num_columns = num_rows // LANES // stride // SIDE * SIDE
-        price = rank * stride * NAMED + num_rows / stride
-        ways.append((price if rank <= num_columns else math.inf, stride, num_columns, rank))
+    for share in SHARES:
+        mean, odds = k / share, 1 - 1 / share
+        likely = mean + SAFE * math.sqrt(mean * odds) + (SAFE**2 - 1) / 6 * (2 * odds - 1)
+        rank = math.ceil(min(max(likely, mean * (1 + NOISE)), k * (1 + NOISE)) + 1)
+        num_columns = num_vectors // share // SIDE * SIDE
+        price = rank * share * NAMED + num_vectors * LANES / share
+        ways.append((price if rank <= num_columns else math.inf, num_columns, rank))
     return min(ways)[1:]
 
 
@@ -201,7 +208,8 @@ def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
         for at in range(dim):
             most = max(most, abs(np.float64(vectors_ND[row, at])))
         step = np.float64(np.float32(most / LEVELS))
-        vector, lane = row // LANES, row % LANES
+        vector, lane = row % len(whole_VQL), row // len(whole_VQL)
+        place = vector * LANES + lane
         taken, own = 0.0, 0.0
         for part in range(whole_VQL.shape[1]):
             four = np.uint32(0)
@@ -215,7 +223,7 @@ def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
                     own += value**2
                 four |= np.uint32(np.int64(whole) + ZERO) << np.uint32(8 * of_four)
             whole_VQL[vector, part, lane] = four
-        step_N[row], bias_N[row], norm_N[row] = step, vectors_ND[row, dim], math.sqrt(own)
+        step_N[place], bias_N[place], norm_N[place] = step, vectors_ND[row, dim], math.sqrt(own)
         weighed = abs(np.float64(vectors_ND[row, dim]))
         most_4[0], most_4[1] = max(most_4[0], math.sqrt(taken)), max(most_4[1], step)
         most_4[2] = max(most_4[2], math.sqrt(own))
@@ -343,25 +351,28 @@ def _adding_bytes(builder: Any, wide: bool, whole: Any) -> Callable[[Any, Any], 
 def _code_of_products(
     _context: Any,
     whole_VQL: Any,
-    first: Any,
-    stride: Any,
+    vector_C: Any,
+    at: Any,
     whole_BQ: Any,
     start_B: Any,
     user: Any,
     dot_USL: Any,
 ) -> Any:
-    """Products of `USERS` users from `user` on with `SIDE` vectors, `stride` apart."""
+    """Products of `USERS` users from `user` on with `SIDE` vectors, named from `at` on."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, queries, starts, dots = (
-            _array(context, builder, signature, args, at) for at in (0, 3, 4, 6)
+        rows, named, queries, starts, dots = (
+            _array(context, builder, signature, args, at) for at in (0, 1, 3, 4, 6)
         )
         size = builder.extract_value(rows.shape, 1)
 
         def number(value: int) -> Any:
             return ir.Constant(size.type, value)
 
-        vectors = [builder.add(args[1], builder.mul(args[2], number(at))) for at in range(SIDE)]
+        vectors = [
+            builder.load(builder.gep(named.data, [builder.add(args[2], number(side))]))
+            for side in range(SIDE)
+        ]
         of_row = [builder.mul(builder.mul(vector, size), number(LANES)) for vector in vectors]
         users = [builder.add(args[5], number(at)) for at in range(USERS)]
         of_user = [builder.mul(own, size) for own in users]
@@ -386,7 +397,7 @@ def _code_of_products(
             builder.store(builder.load(sums), place, align=4)
         return context.get_dummy_value()
 
-    return types.void(whole_VQL, first, stride, whole_BQ, start_B, user, dot_USL), code
+    return types.void(whole_VQL, vector_C, at, whole_BQ, start_B, user, dot_USL), code
 
 
 _multiply: Any = intrinsic(_code_of_products)
@@ -408,6 +419,8 @@ def _code_of_best(
         dot, step, bias = _of_vector(context, builder, signature, args)
         per_step, last = _spread_all(builder, args[-1], 2)
         best = _scaled(builder, step, builder.fmul(dot, per_step), builder.fmul(bias, last))
+        lowest = ir.Constant(_FLOATS, [LOWEST] * LANES)
+        best = builder.select(builder.fcmp_ordered("==", best, best), best, lowest)
         width = LANES
         while width > 1:
             width //= 2
@@ -473,27 +486,26 @@ _num_bits: Any = intrinsic(_code_of_num_bits)
 
 
 @compiled
-def _look_at_some(known: _Known, asked: _Asked, stride: int, best_BC: F32) -> None:
-    """The best score of every user in each of some vectors, about."""
+def _look_at_some(known: _Known, asked: _Asked, vector_V: I64, best_BC: F32) -> None:
+    """The best score of every user in each of the first of these vectors, about."""
     whole_VQL, step_N, bias_N, _, _ = known
     whole_BQ, start_B, of_BP = asked
     num_users, num_columns = best_BC.shape
     dot_USL = np.empty((USERS, SIDE, LANES), np.int32)
     for column in range(0, num_columns, SIDE):
-        first = column * stride
         for user in range(0, num_users, USERS):
-            _multiply(whole_VQL, first, stride, whole_BQ, start_B, user, dot_USL)
+            _multiply(whole_VQL, vector_V, column, whole_BQ, start_B, user, dot_USL)
             for at in range(min(USERS, num_users - user)):
                 of_2 = of_BP[user + at, 0], of_BP[user + at, 1]
                 for side in range(SIDE):
-                    vector = first + side * stride
+                    vector = vector_V[column + side]
                     best = _best(dot_USL, at, side, vector, step_N, bias_N, of_2)
                     best_BC[user + at, column + side] = best
 
 
 @compiled
-def _mark(known: _Known, asked: _Asked, edge_B: F32, word_BW: U64) -> None:
-    """One bit for each row: whether its upper bound reaches the edge."""
+def _mark(known: _Known, asked: _Asked, vector_V: I64, edge_B: F32, word_BW: U64) -> None:
+    """One bit for each row, vector after vector: whether its upper bound reaches the edge."""
     whole_VQL, step_N, bias_N, norm_N, _ = known
     whole_BQ, start_B, of_BP = asked
     num_users, num_words = word_BW.shape
@@ -501,7 +513,7 @@ def _mark(known: _Known, asked: _Asked, edge_B: F32, word_BW: U64) -> None:
     for word in range(num_words):
         first = word * SIDE
         for user in range(0, num_users, USERS):
-            _multiply(whole_VQL, first, 1, whole_BQ, start_B, user, dot_USL)
+            _multiply(whole_VQL, vector_V, first, whole_BQ, start_B, user, dot_USL)
             for at in range(min(USERS, num_users - user)):
                 of_P = of_BP[user + at]
                 of_5 = of_P[0], of_P[1], of_P[2], of_P[3], edge_B[user + at] - of_P[4]
@@ -527,7 +539,7 @@ def _sizes(word_BW: U64, room: int) -> I64:
 @compiled
 def _rows_of(word_BW: U64, size_B: I64) -> I64:
     """The marked rows, user after user."""
-    row_R = np.empty(size_B.sum(), np.int64)
+    row_R, num_vectors = np.empty(size_B.sum(), np.int64), word_BW.shape[1] * SIDE
     num = 0
     for user in range(len(word_BW)):
         if size_B[user] == 0:
@@ -535,7 +547,8 @@ def _rows_of(word_BW: U64, size_B: I64) -> I64:
         for at in range(word_BW.shape[1]):
             word = word_BW[user, at]
             while word:
-                row_R[num] = at * BITS + np.int64(_lowest_bit(word))
+                place = at * BITS + np.int64(_lowest_bit(word))
+                row_R[num] = place // LANES + place % LANES * num_vectors
                 num += 1
                 word &= word - np.uint64(1)
     return row_R
