@@ -1,4 +1,4 @@
-"""A scan in two stages for catalogues of 100,000 items and more: some roughly, the best exactly.
+"""A scan in two stages for catalogues of 500,000 items and more: some roughly, the best exactly.
 
 Rows stand in lists around centres. A query goes through the lists whose centres it scores highest,
 and there every row is scored by sums of small integers (product quantisation, 4 bits for 2

@@ -95,7 +95,7 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
     scan: Scan = "exact"
     """`two-stage` reads only where vectors like the query stand, roughly first and the best
-    exactly: for catalogues of some 100,000 items and more, on the CPU; needs the extra `index`.
+    exactly: for catalogues of some 500,000 items and more, on the CPU; needs the extra `index`.
     Lists then miss an item in a hundred or so (docs/performance.md).
     """
 
