@@ -320,10 +320,8 @@ def compile_loops() -> None:
     memory, zeros = Memory(["a", "b"]), np.zeros(2, np.int64)
     rows = Rows(zeros, zeros, zeros > 0, Published(zeros, zeros, zeros))
     query_BD = np.zeros((1, 2), np.float32)
-    wider = Scanner(np.zeros((64, 2), np.float32), provider="cpu", threads=1)
-    wider.top(query_BD, 1)
-    wider.scores(query_BD)
     scanner = Scanner(np.zeros((2, 2), np.float32), provider="cpu", threads=1)
+    scanner.scores(query_BD)
     gather(BlendSpec(features=["next"]), query_BD, [Context()], memory, rows, scanner, 1)
     memory.texts.ranked(query_BD, np.zeros((1, 2), np.int64), zeros)
 

@@ -199,15 +199,26 @@ def _sample(num_vectors: int, k: int) -> tuple[int, int]:
 
 
 @compiled
+def _step_of(vector_D: F32) -> float:
+    """What one level of a vector is worth, without its last coordinate; 0 where all else is 0."""
+    most = 0.0
+    for at in range(len(vector_D) - 1):
+        most = max(most, abs(np.float64(vector_D[at])))
+    return np.float64(np.float32(most / LEVELS))
+
+
+@compiled
+def _level_of(value: float, step: float) -> float:
+    return min(LEVELS, max(-LEVELS, np.rint(value / step))) if step > 0 else 0.0
+
+
+@compiled
 def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
     """Round these rows, and what is known of all."""
     whole_VQL, step_N, bias_N, norm_N, most_4 = known
     dim = vectors_ND.shape[1] - 1
     for row in row_R:
-        most = 0.0
-        for at in range(dim):
-            most = max(most, abs(np.float64(vectors_ND[row, at])))
-        step = np.float64(np.float32(most / LEVELS))
+        step = _step_of(vectors_ND[row])
         vector, lane = row % len(whole_VQL), row // len(whole_VQL)
         place = vector * LANES + lane
         taken, own = 0.0, 0.0
@@ -217,9 +228,8 @@ def _take(vectors_ND: F32, row_R: I64, known: _Known) -> None:
                 at, whole = part * FOUR + of_four, 0.0
                 if at < dim:
                     value = np.float64(vectors_ND[row, at])
-                    exact = value / step if step > 0 else 0.0
-                    whole = min(LEVELS, max(-LEVELS, np.rint(exact)))
-                    taken += (exact - whole) ** 2
+                    whole = _level_of(value, step)
+                    taken += (value / step - whole) ** 2 if step > 0 else 0.0
                     own += value**2
                 four |= np.uint32(np.int64(whole) + ZERO) << np.uint32(8 * of_four)
             whole_VQL[vector, part, lane] = four
@@ -241,14 +251,11 @@ def _rounded(q_BD: F32, num_whole: int, most_4: F32) -> _Asked:
     of_BP = np.empty((num_users, 5), np.float32)
     slack = (dim / 16 + 64) * 2.0**-23
     for user in range(num_users):
-        most = 0.0
-        for at in range(dim):
-            most = max(most, abs(np.float64(q_BD[user, at])))
-        step = np.float64(np.float32(most / LEVELS)) if most > 0 else 1.0
+        step = _step_of(q_BD[user])
         taken, left, own = 0.0, 0.0, 0.0
         for at in range(dim):
             exact = np.float64(q_BD[user, at])
-            whole = min(LEVELS, max(-LEVELS, np.rint(exact / step)))
+            whole = _level_of(exact, step)
             byte = (np.int64(whole) & 255) << (8 * (at % FOUR))
             whole_BQ[user, at // FOUR] |= np.int32(byte)
             start_B[user] -= np.int32(ZERO * whole)
@@ -277,28 +284,10 @@ def _places(places: Iterable[int]) -> Any:
     return ir.Constant(ir.VectorType(_INT, len(chosen)), chosen)
 
 
-def _spread(builder: Any, one: Any, wide: Any) -> Any:
-    first = builder.insert_element(ir.Constant(wide, None), one, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
-
-
-def _spread_all(builder: Any, values: Any, num: int) -> list[Any]:
-    return [_spread(builder, builder.extract_value(values, at), _FLOATS) for at in range(num)]
-
-
-def _of_vector(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """Of arguments `dot_USL, user, side, vector`, what is known of rows, and of a query: a vector's
-    products as floats, and what is known of its rows.
-    """
-    dots, *known = (
-        _array(context, builder, signature, args, at) for at in (0, *range(4, len(args) - 1))
-    )
-    user, side, vector = args[1:4]
-    lanes = ir.Constant(user.type, LANES)
-    at = builder.add(builder.mul(user, ir.Constant(user.type, SIDE)), side)
-    dot = builder.sitofp(_lanes_at(builder, dots, builder.mul(at, lanes), _INTS), _FLOATS)
-    row = builder.mul(vector, lanes)
-    return [dot, *(_lanes_at(builder, own_N, row, _FLOATS) for own_N in known)]
+def _spread(builder: Any, one: Any) -> Any:
+    wide = ir.Constant(ir.VectorType(one.type, LANES), None)
+    first = builder.insert_element(wide, one, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, _places([0] * LANES))
 
 
 def _lanes_at(builder: Any, array: Any, start: Any, wide: Any) -> Any:
@@ -318,7 +307,7 @@ def _adding_bytes(builder: Any, wide: bool, whole: Any) -> Callable[[Any, Any], 
     by one instruction of AVX-512 VNNI, else in pairs of 16 bits, which every CPU can do well.
     """
     if wide:
-        name, query = "llvm.x86.avx512.vpdpbusd.512", _spread(builder, whole, _INTS)
+        name, query = "llvm.x86.avx512.vpdpbusd.512", _spread(builder, whole)
         kind = ir.FunctionType(_INTS, [_INTS] * 3)
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         return lambda sums, rows: builder.call(function, [sums, rows, query])
@@ -327,7 +316,7 @@ def _adding_bytes(builder: Any, wide: bool, whole: Any) -> Callable[[Any, Any], 
     two = builder.bitcast(whole, eights.type)
     # The low bytes of both halves with their signs, and the high ones.
     queries = [
-        builder.sext(builder.bitcast(_spread(builder, builder.bitcast(own, _INT), _INTS), pairs),
+        builder.sext(builder.bitcast(_spread(builder, builder.bitcast(own, _INT)), pairs),
                      products)
         for own in (builder.ashr(builder.shl(two, eights), eights), builder.ashr(two, eights))
     ]  # fmt: skip
@@ -378,7 +367,7 @@ def _code_of_products(
         of_user = [builder.mul(own, size) for own in users]
         starts_U = [builder.load(builder.gep(starts.data, [own])) for own in users]
         sums_US = [
-            [cgutils.alloca_once_value(builder, _spread(builder, start, _INTS)) for _ in vectors]
+            [cgutils.alloca_once_value(builder, _spread(builder, start)) for _ in vectors]
             for start in starts_U
         ]
         wide = "+avx512vnni" in context.codegen().magic_tuple()[2]
@@ -403,66 +392,72 @@ def _code_of_products(
 _multiply: Any = intrinsic(_code_of_products)
 
 
-def _code_of_best(
-    _context: Any,
-    dot_USL: Any,
-    user: Any,
-    side: Any,
-    vector: Any,
-    step_N: Any,
-    bias_N: Any,
-    of_2: Any,
-) -> Any:
-    """The highest score of a vector's rows, about. `of_2`: the query's step and last coordinate."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dot, step, bias = _of_vector(context, builder, signature, args)
-        per_step, last = _spread_all(builder, args[-1], 2)
-        best = _scaled(builder, step, builder.fmul(dot, per_step), builder.fmul(bias, last))
-        lowest = ir.Constant(_FLOATS, [LOWEST] * LANES)
-        best = builder.select(builder.fcmp_ordered("==", best, best), best, lowest)
-        width = LANES
-        while width > 1:
-            width //= 2
-            halves = [
-                builder.shuffle_vector(best, best, _places(range(at, at + width)))
-                for at in (0, width)
-            ]
-            best = builder.select(builder.fcmp_ordered(">", *halves), *halves)
-        return builder.extract_element(best, ir.Constant(_INT, 0))
-
-    return types.float32(dot_USL, user, side, vector, step_N, bias_N, of_2), code
-
-
-def _code_of_reached(
-    _context: Any,
-    dot_USL: Any,
-    user: Any,
-    side: Any,
-    vector: Any,
-    step_N: Any,
-    bias_N: Any,
-    norm_N: Any,
-    of_5: Any,
-) -> Any:
-    """One bit for each of a vector's rows: whether its upper bound reaches the edge.
-
-    `of_5`: the query's step and last coordinate, its two errors, and the edge without its rest.
+def _code_over_lanes(made: Callable[..., Any], result: Any) -> Any:
+    """Code that makes one thing of a vector: of its products with a user as floats, of what is
+    known of its rows, and of numbers of the user.
     """
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dot, step, bias, norm = _of_vector(context, builder, signature, args)
-        per_step, last, of_norm, of_step, edge = _spread_all(builder, args[-1], 5)
-        rest = _scaled(builder, bias, last, builder.fmul(of_norm, norm))
-        upper = _scaled(builder, step, _scaled(builder, dot, per_step, of_step), rest)
-        reached = builder.fcmp_ordered(">=", upper, edge)
-        return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), _LONG)
+    def code_of(
+        _context: Any, dot_USL: Any, user: Any, side: Any, vector: Any, known: Any, of_user: Any
+    ) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            lanes = ir.Constant(args[1].type, LANES)
+            sides = builder.mul(args[1], ir.Constant(args[1].type, SIDE))
+            at = builder.mul(builder.add(sides, args[2]), lanes)
+            dots = _array(context, builder, signature, args, 0)
+            dot = builder.sitofp(_lanes_at(builder, dots, at, _INTS), _FLOATS)
+            row = builder.mul(args[3], lanes)
+            own = [
+                context.make_array(kind)(context, builder, builder.extract_value(args[4], at))
+                for at, kind in enumerate(known)
+            ]
+            rows = [_lanes_at(builder, own_N, row, _FLOATS) for own_N in own]
+            numbers = [builder.extract_value(args[5], at) for at in range(len(of_user))]
+            return made(builder, dot, *rows, *(_spread(builder, number) for number in numbers))
 
-    return types.uint64(dot_USL, user, side, vector, step_N, bias_N, norm_N, of_5), code
+        return result(dot_USL, user, side, vector, known, of_user), code
+
+    return code_of
 
 
-_best: Any = intrinsic(_code_of_best)
-_reached: Any = intrinsic(_code_of_reached)
+def _made_best(builder: Any, dot: Any, step: Any, bias: Any, per_step: Any, last: Any) -> Any:
+    """The highest score of a vector's rows, about, by the query's step and last coordinate."""
+    best = _scaled(builder, step, builder.fmul(dot, per_step), builder.fmul(bias, last))
+    lowest = ir.Constant(_FLOATS, [LOWEST] * LANES)
+    best = builder.select(builder.fcmp_ordered("==", best, best), best, lowest)
+    width = LANES
+    while width > 1:
+        width //= 2
+        halves = [
+            builder.shuffle_vector(best, best, _places(range(at, at + width))) for at in (0, width)
+        ]
+        best = builder.select(builder.fcmp_ordered(">", *halves), *halves)
+    return builder.extract_element(best, ir.Constant(_INT, 0))
+
+
+def _made_reached(
+    builder: Any,
+    dot: Any,
+    step: Any,
+    bias: Any,
+    norm: Any,
+    per_step: Any,
+    last: Any,
+    of_norm: Any,
+    of_step: Any,
+    edge: Any,
+) -> Any:
+    """One bit for each of a vector's rows: whether its upper bound reaches the edge, which is
+    without the query's rest.
+    """
+    rest = _scaled(builder, bias, last, builder.fmul(of_norm, norm))
+    upper = _scaled(builder, step, _scaled(builder, dot, per_step, of_step), rest)
+    reached = builder.fcmp_ordered(">=", upper, edge)
+    return builder.zext(builder.bitcast(reached, ir.IntType(LANES)), _LONG)
+
+
+_best: Any = intrinsic(_code_over_lanes(_made_best, types.float32))
+_reached: Any = intrinsic(_code_over_lanes(_made_reached, types.uint64))
 
 
 def _code_of_lowest_bit(_context: Any, word: Any) -> Any:
@@ -499,14 +494,14 @@ def _look_at_some(known: _Known, asked: _Asked, vector_V: I64, best_BC: F32) -> 
                 of_2 = of_BP[user + at, 0], of_BP[user + at, 1]
                 for side in range(SIDE):
                     vector = vector_V[column + side]
-                    best = _best(dot_USL, at, side, vector, step_N, bias_N, of_2)
+                    best = _best(dot_USL, at, side, vector, (step_N, bias_N), of_2)
                     best_BC[user + at, column + side] = best
 
 
 @compiled
 def _mark(known: _Known, asked: _Asked, vector_V: I64, edge_B: F32, word_BW: U64) -> None:
     """One bit for each row, vector after vector: whether its upper bound reaches the edge."""
-    whole_VQL, step_N, bias_N, norm_N, _ = known
+    whole_VQL, known_3 = known.whole_VQL, (known.step_N, known.bias_N, known.norm_N)
     whole_BQ, start_B, of_BP = asked
     num_users, num_words = word_BW.shape
     dot_USL = np.empty((USERS, SIDE, LANES), np.int32)
@@ -519,7 +514,7 @@ def _mark(known: _Known, asked: _Asked, vector_V: I64, edge_B: F32, word_BW: U64
                 of_5 = of_P[0], of_P[1], of_P[2], of_P[3], edge_B[user + at] - of_P[4]
                 bits = np.uint64(0)
                 for side in range(SIDE):
-                    own = _reached(dot_USL, at, side, first + side, step_N, bias_N, norm_N, of_5)
+                    own = _reached(dot_USL, at, side, first + side, known_3, of_5)
                     bits |= own << np.uint64(side * LANES)
                 word_BW[user + at, word] = bits
 
