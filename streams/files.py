@@ -206,10 +206,7 @@ def _names(path: Path) -> list[str]:
             return list(_read_json(path).schema.names)
         import pyarrow.csv as pacsv
 
-        with (
-            pa.input_stream(str(path), compression="detect") as stream,
-            pacsv.open_csv(stream, **_csv_options(path, None)) as reader,
-        ):
+        with pacsv.open_csv(str(path), **_csv_options(path, None)) as reader:
             return list(reader.schema.names)
     except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
@@ -229,11 +226,10 @@ def _read(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -> pa.
             return _read_json(path).select(list(columns)).combine_chunks()
         import pyarrow.csv as pacsv
 
-        with pa.input_stream(str(path), compression="detect") as stream:
-            options = _csv_options(path, columns)
-            if header:
-                options["read_options"] = pacsv.ReadOptions(column_names=list(header))
-            return pacsv.read_csv(stream, **options).combine_chunks()
+        options = _csv_options(path, columns)
+        if header:
+            options["read_options"] = pacsv.ReadOptions(column_names=list(header))
+        return pacsv.read_csv(str(path), **options).combine_chunks()
     except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
@@ -241,13 +237,12 @@ def _read(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -> pa.
 def _read_json(path: Path) -> pa.Table:
     import pyarrow.json as pajson
 
-    with pa.input_stream(str(path), compression="detect") as stream:
-        return pajson.read_json(stream, read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
+    return pajson.read_json(str(path), read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
 
 
 def _delimiter(path: Path) -> str:
     """The one of comma, tab and semicolon that the header has most of; a comma where none is."""
-    with pa.input_stream(str(path), compression="detect") as stream:
+    with pa.input_stream(str(path), compression="detect") as stream:  # noqa: TID251 - no reader
         header = stream.read(HEADER_BYTES_MAX).partition(b"\n")[0].decode(errors="replace")
     return max(",\t;", key=header.count)
 
