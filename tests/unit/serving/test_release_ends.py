@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from afterclick.serving.blend import compile_loops
 from afterclick.serving.manifest import MANIFEST_NAME, Publication, sha256_of
 from afterclick.serving.releases import LoadedRelease
 from afterclick.serving.settings import ServingSettings
@@ -24,6 +25,7 @@ def test_nothing_of_a_release_waits_for_the_collector(
     write_tiny_release(folder, num_items=300, units=8, blend=blend)
     publication = Publication(number=1, release="r1", sha256=sha256_of(folder / MANIFEST_NAME))
     settings = ServingSettings(provider="cpu", threads=1, k=5, margin=2, scan=scan)
+    compile_loops()  # numba's exceptions would keep the frames that called it
     gc.collect()
     gc.disable()
     try:
