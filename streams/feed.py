@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -53,44 +53,51 @@ class SignalsLog(Protocol):
     ) -> Iterator[list[Record]]: ...
 
 
+class _Stretch:
+    """Between these two offsets all records of a partition are held."""
+
+    def __init__(self) -> None:
+        self.records: deque[Record] = deque()
+        self.begin = self.end = 0
+
+
 class ReadAhead:
-    """A partition that is read in small steps forward, fetched in large ones.
+    """Partitions that are read in small steps forward, fetched in large ones.
 
     Else every step waits for the fetch that the one before it left with the broker, half a second:
-    whoever follows a memory from list to list takes thousands.
+    whoever follows a catalogue from input to input, or a memory from list to list, takes thousands.
     """
 
     def __init__(self, log: SignalsLog) -> None:
         self._log = log
-        self._held: deque[Record] = deque()
-        self._from = self._upto = 0
-        """Between these offsets all records are held."""
+        self._held: defaultdict[tuple[str, int], _Stretch] = defaultdict(_Stretch)
 
     def edges(self, topic: str, partition: int) -> tuple[int, int]:
         """As the log's."""
         return self._log.edges(topic, partition)
 
     def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[list[Record]]:
-        """As the log's; of one topic and partition only."""
-        if not self._from <= start <= self._upto:
-            self._held.clear()
-            self._from = self._upto = start
-        while self._held and self._held[0].offset < start:
-            self._held.popleft()
-        self._from = start
+        """As the log's."""
+        held = self._held[topic, partition]
+        if not held.begin <= start <= held.end:
+            held.records.clear()
+            held.begin = held.end = start
+        while held.records and held.records[0].offset < start:
+            held.records.popleft()
+        held.begin = start
         while start < stop:
-            if self._upto <= start:
+            if held.end <= start:
                 end = max(stop, self.edges(topic, partition)[1])
                 end = min(end, start + AHEAD_RECORDS)
                 # Whole or not at all: else what a broken read brought is held twice after the next.
                 fresh = list(self._log.read(topic, partition, start, end))
-                self._held.extend(itertools.chain.from_iterable(fresh))
-                self._upto = end
-            start = min(stop, self._upto)
+                held.records.extend(itertools.chain.from_iterable(fresh))
+                held.end = end
+            start = min(stop, held.end)
             found = []
-            while self._held and self._held[0].offset < start:
-                found.append(self._held.popleft())
-            self._from = start
+            while held.records and held.records[0].offset < start:
+                found.append(held.records.popleft())
+            held.begin = start
             if found:
                 yield found
 

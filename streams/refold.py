@@ -66,7 +66,7 @@ class Releases:
         self._settings = settings
         # A connection of its own: items are read while clicks are being read.
         self._reader = JoinedLog(streams)
-        self._signals = ReadAhead(self._reader)
+        self._ahead = ReadAhead(self._reader)
         self._items_topic = streams.items_topic
         self._signals_topic = streams.signals_topic
         self._namespace = settings.namespace
@@ -97,7 +97,7 @@ class Releases:
             self._key = None
             self._load(entry)
             self._key = key
-        items = read_items(self._reader, self._items_topic, self._catalog.offsets, entry.items)
+        items = read_items(self._ahead, self._items_topic, self._catalog.offsets, entry.items)
         for record in items:
             try:
                 self._catalog.apply(record.item, record.partition, record.offset)
@@ -157,7 +157,7 @@ class Releases:
         if self._absorber.offset > signals:  # a memory cannot go back
             self._key = None
             serving = self.serving(entry)
-        self.whole = catch_up(self._signals, self._signals_topic, self._absorber, signals)
+        self.whole = catch_up(self._ahead, self._signals_topic, self._absorber, signals)
         return serving._replace(signals=signals)
 
     def _load(self, entry: InputsEntry) -> None:

@@ -22,6 +22,8 @@ from tests.fault.deployment import Deployment, deployment
 from tests.fault.faults import EVERYWHERE, ON_KAFKA, Fault
 from tests.fault.schedule import Step, schedule
 from tests.fault.watch import Mark
+from tests.service.stage import Stage
+from tests.service.told import absorbed, counted, num_waiting
 
 RECOVERY_TIMEOUT_S = 180.0
 """Something that takes longer hangs; two cores may be busy with other things."""
@@ -45,6 +47,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     doubled: int
     differences: int
     first_difference: str | None
+    mistold: int
+    """Moves that topic `signals` lacks, or brings its readers more often than the log has them."""
     letters_missing: int
     """Bad records without a dead letter."""
     publications: int
@@ -73,7 +77,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     @property
     def wrong(self) -> int:
         """0 where every promise held."""
-        return self.lost + self.doubled + self.differences + self.letters_missing
+        return self.lost + self.doubled + self.differences + self.mistold + self.letters_missing
 
 
 def run(
@@ -148,6 +152,7 @@ def run(
             doubled=max(report.doubled, report.clicks - sent),
             differences=report.differences,
             first_difference=report.first_difference,
+            mistold=_mistold(all_of.stage),
             letters_missing=all_of.load.bad - len(named),
             publications=published,
             scripts_held=all_of.scripts_held,
@@ -179,9 +184,15 @@ def _recovered(all_of: Deployment, name: str, mark: Mark) -> float:
 
 def _publish(all_of: Deployment, number: int) -> None:
     if number > 0:
-        all_of.stage.publish(f"r{number}", seed=number)
+        all_of.stage.publish(f"r{number}", seed=number, blend=number % 2 == 1)
     else:
         all_of.stage.releases.publish(f"r{-number}")
+
+
+def _mistold(stage: Stage) -> int:
+    stage.wait(lambda: num_waiting(stage) == 0, "all moves are told")
+    heard, in_log = Counter(absorbed(stage)), Counter(counted(stage))
+    return (heard - in_log).total() + (in_log - heard).total()
 
 
 def _unready(all_of: Deployment) -> list[str]:

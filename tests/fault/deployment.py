@@ -140,7 +140,7 @@ def behind_proxies(proxies: list[Proxy]) -> dict[str, str]:
 def deployment(
     folder: Path, *, kafka: bool, num_workers: int, session_timeout_s: float
 ) -> Iterator[Deployment]:
-    """All of it, running, under load, on release r1."""
+    """All of it, running, under load, on release r1, which has a blend."""
     with contextlib.ExitStack() as stack:
         ways: list[Proxy | None] = [None] * num_workers
         if kafka:
@@ -174,7 +174,7 @@ def deployment(
             # tansu waits for so long at each join; for Kafka it is a bound, here the default.
             rebalance_timeout_s=20.0 if kafka else 6.0,
         )
-        stage.publish("r1", seed=1)
+        stage.publish("r1", seed=1, blend=True)
         topics = check_topics(streams)
         stores = {
             server.port: open_store(
