@@ -47,6 +47,10 @@ class Outcome(msgspec.Struct, kw_only=True):
     doubled: int
     differences: int
     first_difference: str | None
+    lists: int
+    """Compared with what the replay says."""
+    unsure: int
+    """Users not compared, which nothing here is a reason for."""
     mistold: int
     """Moves that topic `signals` lacks, or brings its readers more often than the log has them."""
     letters_missing: int
@@ -77,7 +81,10 @@ class Outcome(msgspec.Struct, kw_only=True):
     @property
     def wrong(self) -> int:
         """0 where every promise held."""
-        return self.lost + self.doubled + self.differences + self.mistold + self.letters_missing
+        return (
+            self.lost + self.doubled + self.differences
+            + self.unsure + self.mistold + self.letters_missing
+        )  # fmt: skip
 
 
 def run(
@@ -152,6 +159,8 @@ def run(
             doubled=max(report.doubled, report.clicks - sent),
             differences=report.differences,
             first_difference=report.first_difference,
+            lists=report.lists,
+            unsure=report.unsure,
             mistold=_mistold(all_of.stage),
             letters_missing=all_of.load.bad - len(named),
             publications=published,
