@@ -83,20 +83,22 @@ def report(seed: int, releases: Releases) -> str:
     )
 
 
-def _batch(first: int, num: int) -> Tally:
+def _batch(first: int, num: int, blend: bool) -> Tally:
     """One job's share, in a process of its own."""
     global _releases
     if _releases is None:
-        _releases = Releases(Path(tempfile.mkdtemp(prefix="afterclick-simulation-")))
+        folder = Path(tempfile.mkdtemp(prefix="afterclick-simulation-"))
+        _releases = Releases(folder, blend=blend)
     return run_seeds(first, num, _releases)
 
 
 _releases: Releases | None = None
 
 
-def _tallies(first: int, num: int, jobs: int) -> Iterator[Tally]:
+def _tallies(first: int, num: int, jobs: int, blend: bool) -> Iterator[Tally]:
     ranges = [
-        (at, min(BATCH_SEEDS, first + num - at)) for at in range(first, first + num, BATCH_SEEDS)
+        (at, min(BATCH_SEEDS, first + num - at), blend)
+        for at in range(first, first + num, BATCH_SEEDS)
     ]
     if jobs == 1:
         for share in ranges:
@@ -114,17 +116,18 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--trace", action="store_true", help="show what the first seed does")
+    parser.add_argument("--blend", action="store_true", help="releases have a blend")
     options = parser.parse_args()
     say: Callable[[str], object] = lambda text: sys.stdout.write(text + "\n")  # noqa: E731
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="afterclick-simulation-") as folder:
         if options.trace:
             plan: Plan = make_plan(options.first)
-            outcome = simulate(plan, Releases(Path(folder)), tracing=True)
+            outcome = simulate(plan, Releases(Path(folder), blend=options.blend), tracing=True)
             say("\n".join(outcome.trace))
         seeds = faults = 0
         wrong: dict[int, list[str]] = {}
-        for tally in _tallies(options.first, options.seeds, options.jobs):
+        for tally in _tallies(options.first, options.seeds, options.jobs, options.blend):
             seeds, faults = seeds + tally.seeds, faults + tally.faults
             wrong |= tally.wrong
             for seed, words in tally.wrong.items():
@@ -133,7 +136,7 @@ def main() -> int:
                 sys.stderr.write(f"{seeds} seeds, {len(wrong)} wrong\n")
         seconds = round(time.monotonic() - begun_s, 1)
         if wrong:
-            releases = Releases(Path(folder) / "again")
+            releases = Releases(Path(folder) / "again", blend=options.blend)
             for seed in sorted(wrong)[:SHOWN_MAX]:
                 say(report(seed, releases))
     say(json.dumps({"seeds": seeds, "faults": faults, "wrong": len(wrong), "seconds": seconds}))
