@@ -27,7 +27,8 @@ QUICK = (
 
 def check(outcome: Outcome) -> None:
     assert outcome.first_difference is None
-    assert outcome.wrong == 0
+    assert (outcome.lost, outcome.doubled, outcome.mistold, outcome.letters_missing) == (0, 0, 0, 0)
+    assert (outcome.differences, outcome.unsure) == (0, 0)
     assert outcome.lists > 0
     assert outcome.exits == [], "no fault may end a worker that it does not kill"
     assert outcome.unready == []

@@ -1,6 +1,7 @@
 """Topics, a namespace and a releases folder on the run's servers, and what tests do with them."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,13 +15,17 @@ from afterclick.serving.manifest import Publication
 from afterclick.serving.reader import TopK
 from afterclick.serving.records import Head
 from afterclick.serving.releases import ReleaseStore
-from afterclick.serving.settings import ServingSettings
+from afterclick.serving.settings import ListRules, ServingSettings
 from afterclick.serving.store import Store
 from afterclick.streams.admin import check_topics, client_config
 from afterclick.streams.events import Click, Item, encode
 from afterclick.streams.local import Worker, local_worker
 from afterclick.streams.log import LogReader
 from afterclick.streams.namespace import open_store
+from afterclick.streams.partition import PartitionFold, Serving
+from afterclick.streams.piece import Limits
+from afterclick.streams.record import LogEdges
+from afterclick.streams.replica import Replica
 from afterclick.streams.settings import StreamsSettings
 from afterclick.streams.verify import Report, verify
 from tests.tiny_release import write_tiny_release
@@ -200,6 +205,24 @@ def environment(package: str, settings: msgspec.Struct) -> dict[str, str]:
         for name in settings.__struct_fields__
         if getattr(settings, name) != getattr(fresh, name)
     }
+
+
+def fold_by_hand(
+    stage: Stage, partition: int, store: Store | Replica, serving: Serving, edges: LogEdges
+) -> PartitionFold:
+    """A partition's fold as a worker opens it, for a test to give chunks to."""
+    fold = PartitionFold(
+        partition,
+        store,
+        ListRules.of(stage.serving),
+        Limits(256, 1024, 1 << 20),
+        serving=lambda: serving,
+        dead_letters=lambda letters: None,
+        log_start=lambda: 0,
+        batch_ids=(f"by-hand-{n}" for n in itertools.count()),
+    )
+    fold.open(edges, lambda offset: None)
+    return fold
 
 
 def some_clicks(num: int, *, users: int = 40, items: int = 300, start: int = 0) -> list[Click]:

@@ -19,22 +19,20 @@ from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys, Layout, partition_of
 from afterclick.serving.records import Head, TopList, without_stamp
 from afterclick.serving.releases import LoadedRelease
-from afterclick.serving.settings import ListRules
 from afterclick.serving.store import Due, Store, UserWrite
 from afterclick.streams.admin import check_topics, client_config, create_topics, topic_id
 from afterclick.streams.events import Click
 from afterclick.streams.local import afterclick_argv, readiness
 from afterclick.streams.migrate import drop_old, migrate
 from afterclick.streams.namespace import new_store
-from afterclick.streams.partition import PartitionFold, Serving
-from afterclick.streams.piece import Limits
+from afterclick.streams.partition import Serving
 from afterclick.streams.processes import free_port
 from afterclick.streams.rebuild import rebuild
 from afterclick.streams.record import LogEdges
 from afterclick.streams.replica import Replica
 from afterclick.streams.settings import StreamsSettings
 from tests.doubles import cut, damaged, log_of
-from tests.service.stage import Stage, some_clicks
+from tests.service.stage import Stage, fold_by_hand, some_clicks
 
 pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
@@ -71,17 +69,7 @@ def folded_alone(stage: Stage, clicks: Iterable[Click]) -> dict[str, bytes]:
         publication.number, publication.release, publication.sha256, loaded, loaded.catalog
     )
     replica = Replica()
-    fold = PartitionFold(
-        0,
-        replica,
-        ListRules.of(stage.serving),
-        Limits(256, 1024, 1 << 20),
-        serving=lambda: serving,
-        dead_letters=lambda letters: None,
-        log_start=lambda: 0,
-        batch_ids=(f"b{n}" for n in itertools.count()),
-    )
-    fold.open(LogEdges("", 0, 1 << 40), lambda offset: None)
+    fold = fold_by_hand(stage, 0, replica, serving, LogEdges("", 0, 1 << 40))
     for chunk in cut(log_of(list(clicks)), [64]):
         fold.process(chunk)
     return {user: record for (_, user), record in replica.records.items()}

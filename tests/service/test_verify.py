@@ -10,16 +10,14 @@ import redis
 from afterclick.serving.cli import main
 from afterclick.serving.reader import TopK
 from afterclick.serving.records import TopList
-from afterclick.serving.settings import ListRules
 from afterclick.streams.admin import check_topics
 from afterclick.streams.events import Click, Item
 from afterclick.streams.log import LogReader
 from afterclick.streams.partition import PartitionFold
-from afterclick.streams.piece import Limits
 from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.refold import Releases
 from tests.doubles import damaged
-from tests.service.stage import Stage, some_clicks
+from tests.service.stage import Stage, fold_by_hand, some_clicks
 
 pytestmark = [pytest.mark.service, pytest.mark.anybroker]
 
@@ -58,21 +56,11 @@ def folder_on(stage: Stage, partition: int, releases: Releases) -> PartitionFold
     """What a worker that holds the partition would fold with, under its newest inputs."""
     store = stage.store()
     serving = releases.serving(store.inputs(partition)[-1])
-    fold = PartitionFold(
-        partition,
-        store,
-        ListRules.of(stage.serving),
-        Limits(256, 1024, 1 << 20),
-        serving=lambda: serving,
-        dead_letters=lambda letters: None,
-        log_start=lambda: 0,
-        batch_ids=iter([f"by-hand-{n}" for n in range(99)]),
-    )
     reader = LogReader(stage.streams)
     edges = reader.edges(stage.streams.clicks_topic, partition)
     reader.close()
-    fold.open(LogEdges(check_topics(stage.streams).clicks_id, *edges), lambda offset: None)
-    return fold
+    topic_id = check_topics(stage.streams).clicks_id
+    return fold_by_hand(stage, partition, store, serving, LogEdges(topic_id, *edges))
 
 
 def test_short_lists_are_verified_rebuilt_and_read(stage: Stage, client: redis.Redis) -> None:

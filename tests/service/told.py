@@ -1,18 +1,15 @@
 """Moves of topic `signals`, as a worker hears them and as the log has them."""
 
-import itertools
 from collections.abc import Sequence
 
 from afterclick.serving.catalog import Catalog
 from afterclick.serving.memory import Move
-from afterclick.serving.settings import ListRules
 from afterclick.streams.log import LogReader
-from afterclick.streams.partition import PartitionFold, Serving
-from afterclick.streams.piece import Limits
+from afterclick.streams.partition import Serving
 from afterclick.streams.record import Chunk, LogEdges
 from afterclick.streams.replica import Replica
 from afterclick.streams.signals import Absorber, decode_parcel
-from tests.service.stage import Stage
+from tests.service.stage import Stage, fold_by_hand
 
 
 class Kept:
@@ -42,17 +39,7 @@ def counted(stage: Stage) -> list[Move]:
     topic, serving = stage.streams.clicks_topic, Serving(0, "", "", None, Catalog.empty())
     for partition, end in stage.ends().items():
         replica = Replica()
-        fold = PartitionFold(
-            partition,
-            replica,
-            ListRules.of(stage.serving),
-            Limits(1000, 1000, 1 << 20),
-            serving=lambda: serving,
-            dead_letters=lambda _: None,
-            log_start=lambda: 0,
-            batch_ids=(str(n) for n in itertools.count()),
-        )
-        fold.open(LogEdges("", 0, end), lambda _: None)
+        fold = fold_by_hand(stage, partition, replica, serving, LogEdges("", 0, end))
         for records in reader.read(topic, partition, 0, end):
             fold.process(Chunk(fold.position, records[-1].offset + 1, records))
         for written in replica.signals.get(partition, []):
