@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -65,7 +66,7 @@ _FOREVER = TICKS * 1000
 """More ticks leave nothing of a count."""
 
 
-class Move(NamedTuple):
+class Move(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One counted interaction, as the memory sees it."""
 
     item_id: str

@@ -40,8 +40,10 @@ _HEADER = struct.Struct("<BBHIIIqHH")
 _INTERACTION = struct.Struct("<QIH")
 
 
-class UserRecord(NamedTuple):
-    """A user's state: immutable, so that a cache can hand it out."""
+class UserRecord(msgspec.Struct, frozen=True, gc=False):
+    """A user's state: immutable, so that a cache can hand it out; never looked at by the collector,
+    which would take milliseconds for a cache of them.
+    """
 
     publication: int = 0
     """Publication whose release made `state`; 0 before the first."""

@@ -5,7 +5,7 @@ that
 differs would split a user over two partitions and is refused under its own reason.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -48,7 +48,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     vector: Annotated[list[float], Meta(max_length=4096)] | None = None
 
 
-class FoldEvent(NamedTuple):
+class FoldEvent(msgspec.Struct, frozen=True, gc=False):
     """A valid click with its place in the log; what the fold is fed."""
 
     offset: int

@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 
-class Record(NamedTuple):
+
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One log record as Kafka gave it."""
 
     offset: int

@@ -398,7 +398,8 @@ def _record_words(found: bytes, expected: bytes) -> str:
     if not found or not expected:
         return f"Redis has {'one' if found else 'none'}, the replay {'one' if expected else 'none'}"
     left, right = decode_record(found), decode_record(expected)
-    for name, a, b in zip(left._fields, left, right, strict=True):
+    for name in left.__struct_fields__:
+        a, b = getattr(left, name), getattr(right, name)
         if a != b:
             if isinstance(a, bytes) and isinstance(b, bytes):
                 at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)

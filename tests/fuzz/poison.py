@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from afterclick.streams.record import Record
 
 NOW_MS = 1_700_000_000_000
@@ -99,7 +101,7 @@ def _mutated(rng: random.Random, offset: int) -> Record:
             value[at:at] = value[at : at + rng.randrange(1, 20)]
         else:
             value[at:at] = rng.choice([b"\x00", b"\xff", b"\xed\xa0\x80", b'"', b"{", b"\\u"])
-    return good._replace(value=bytes(value), headers=_headers(rng))
+    return msgspec.structs.replace(good, value=bytes(value), headers=_headers(rng))
 
 
 def _strange(rng: random.Random, offset: int) -> Record:
@@ -118,13 +120,13 @@ def _strange(rng: random.Random, offset: int) -> Record:
 
 def _wrong_key(rng: random.Random, offset: int) -> Record:
     good = _good(rng, offset)
-    return good._replace(
-        key=rng.choice([None, b"", (good.key or b"") + b" ", b"\xff" + rng.randbytes(8)])
+    return msgspec.structs.replace(
+        good, key=rng.choice([None, b"", (good.key or b"") + b" ", b"\xff" + rng.randbytes(8)])
     )
 
 
 def _strange_time(rng: random.Random, offset: int) -> Record:
-    return _good(rng, offset)._replace(timestamp_ms=rng.choice(TIMES_MS))
+    return msgspec.structs.replace(_good(rng, offset), timestamp_ms=rng.choice(TIMES_MS))
 
 
 def _bare(rng: random.Random, offset: int) -> Record:

@@ -4,6 +4,7 @@ import itertools
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,8 +151,9 @@ def test_a_forgotten_user_s_earlier_clicks_are_emptied_and_later_ones_stay(
 ) -> None:
     """`forget` reaches what Kafka has long dropped; a user who comes back starts a new past."""
     records = clicks(30)
-    escaped = forget("u2", 31)._replace(
-        value=b'{"user_id":"u2","event":"\\u0066orget"}'  # JSON spells it so, too
+    escaped = msgspec.structs.replace(
+        forget("u2", 31),
+        value=b'{"user_id":"u2","event":"\\u0066orget"}',  # JSON spells it so, too
     )
     later = log_of([Click(user_id="u1", item_id="new")], start=32)
     write(archive, records[:10])

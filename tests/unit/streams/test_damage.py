@@ -133,7 +133,9 @@ def test_a_damaged_head_refuses_its_partition(store: Replica, release: LoadedRel
         (lambda data: b"\x07" + data[1:], "version 7"),
         (lambda data: data[:9], "at least"),
         (
-            lambda data: encode_record(decode_record(data)._replace(state=b"\x00" * 40)),
+            lambda data: encode_record(
+                msgspec.structs.replace(decode_record(data), state=b"\x00" * 40)
+            ),
             "state of 40 bytes",
         ),
     ],

@@ -354,7 +354,7 @@ def test_bad_records_become_dead_letters_and_the_rest_is_folded(release: LoadedR
         (key, b'{"context":' + b'{"a":' * 50_000, "json"),
     ]
     records = [Record(n, 1_700_000_000_000, k, v) for n, (k, v, _) in enumerate(bad)]
-    shifted = [r._replace(offset=r.offset + len(bad)) for r in good]
+    shifted = [msgspec.structs.replace(r, offset=r.offset + len(bad)) for r in good]
     letters: list = []
     store = Replica()
     fold = folder_of(store, serving_of(release), letters=letters)
