@@ -66,7 +66,7 @@ _FOREVER = TICKS * 1000
 """More ticks leave nothing of a count."""
 
 
-class Move(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class Move(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True):
     """One counted interaction, as the memory sees it."""
 
     item_id: str

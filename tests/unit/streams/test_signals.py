@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from afterclick.serving.catalog import Catalog
+from afterclick.serving.errors import ContractError
 from afterclick.serving.memory import BEFORE, Move
 from afterclick.serving.records import item_hash
 from afterclick.serving.settings import ListRules, ServingSettings
@@ -89,6 +90,9 @@ def test_a_parcel_has_the_bytes_that_outboxes_hold_already() -> None:
     stored = "93010992920194a2693102cd03e89201cf8000000000000005920294a2c3a902cd03e890"
     assert encode_parcel(1, 9, moves).hex() == stored
     assert decode_parcel(bytes.fromhex(stored)).moves == moves
+    for three_or_five in ("93a2693102cd03e8", "95a2693102cd03e89005"):
+        with pytest.raises(ContractError, match="length 4"):
+            decode_parcel(bytes.fromhex("930109919201" + three_or_five))
 
 
 def parcels(rng: random.Random, num: int) -> list[bytes]:
