@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 
+from afterclick.serving.memory import Move
 from afterclick.serving.records import UserRecord, decode_record, encode_record
 from afterclick.streams.events import Click, decode_click, encode
 from afterclick.streams.record import Record
@@ -62,4 +63,5 @@ def test_it_looks_at_no_user_that_a_worker_remembers_and_at_no_click_on_its_way(
     record = Record(1, 2, key, value)
     event = decode_click(record.key, record.value, offset=1, record_ms=2)
     user = decode_record(encode_record(UserRecord(1, 1, 1, 1, bytes(1024), bytes(14))))
-    assert not any(map(gc.is_tracked, (record, event, user)))
+    move = Move("i", 1, 2, (3, 4))
+    assert not any(map(gc.is_tracked, (record, event, user, move)))
