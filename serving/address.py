@@ -6,8 +6,18 @@ from urllib.parse import quote
 from afterclick.serving.errors import ConfigError
 
 _SAFE_HOST = r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
-_SAFE_REST = re.compile(rf"{_SAFE_HOST}(?:,{_SAFE_HOST})*(?:/\d*)?")
+_SAFE_HOSTS = rf"{_SAFE_HOST}(?:,{_SAFE_HOST})*"
+_SAFE_SERVER = re.compile(rf"{_SAFE_HOSTS}(?:/\d*)?")
+_SAFE_SERVICE = re.compile(rf"{_SAFE_HOSTS}/[A-Za-z0-9._-]+(?:/\d*)?")
 _SAFE_PATH = re.compile(r"/[A-Za-z0-9._/-]*")
+_SAFE = {
+    "redis": _SAFE_SERVER,
+    "rediss": _SAFE_SERVER,
+    "redis+sentinel": _SAFE_SERVICE,
+    "rediss+sentinel": _SAFE_SERVICE,
+    "unix": _SAFE_PATH,
+}
+"""What of a URL is plainly its place, by scheme."""
 
 
 def safe_url(url: str) -> str:
@@ -16,12 +26,11 @@ def safe_url(url: str) -> str:
     Shows less rather than more: what is not plainly host, port and database becomes `***`.
     """
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
+    if not separator or scheme not in _SAFE:
         return "***"
     _, at, place = rest.rpartition("@")
     place = place.partition("?")[0]
-    safe = _SAFE_PATH if scheme == "unix" else _SAFE_REST
-    shown = place if safe.fullmatch(place) and "password=" not in rest.lower() else "***"
+    shown = place if _SAFE[scheme].fullmatch(place) and "password=" not in rest.lower() else "***"
     return f"{scheme}://{'***@' if at else ''}{shown}"
 
 

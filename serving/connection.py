@@ -7,6 +7,7 @@ rather fail than wait. Knows no key.
 import re
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -17,6 +18,7 @@ from redis.connection import parse_url
 from redis.exceptions import ClusterCrossSlotError, MovedError, RedisClusterException
 from redis.retry import Retry
 
+from afterclick.serving import sentinel
 from afterclick.serving.address import safe_url
 from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
@@ -27,7 +29,7 @@ TIMEOUT_S = 5.0
 RETRIES = 2
 """Re-sends by the client; a script sent twice recognises its own batch."""
 
-URL_FORM = "redis://[[user]:password@]host[:port][/database]"
+URL_FORM = f"redis://[[user]:password@]host[:port][/database] or {sentinel.URL_FORM}"
 
 CLUSTER_TIMEOUT_S = 2.0
 """The same for a node of a cluster, without a second try: who waits for one that hangs keeps a fold
@@ -51,7 +53,8 @@ _NO_CLUSTER = "Cluster mode is not enabled"
 def connect(url: str, layout: Layout = "single") -> Any:
     """A redis-py client for `serving.store.Store`.
 
-    One server is asked at the first command, a cluster at once: for its nodes and slots.
+    One server, or Sentinel for one, is asked at the first command, a cluster at once: for its nodes
+    and slots.
 
     Raises:
         ConfigError: the URL is none, or leads to a single server under the layout `cluster`.
@@ -60,23 +63,56 @@ def connect(url: str, layout: Layout = "single") -> Any:
     if layout == "single":
         # A primary that was made a replica keeps its connections: only a new one leads to the
         # server that took over behind the address.
-        return redis.Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
-            retry_on_error=[redis.exceptions.ReadOnlyError],
-        )
+        with url_errors(safe_url(url)):
+            return single_client(
+                redis,
+                url,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
+                retry_on_error=[redis.exceptions.ReadOnlyError],
+            )
     try:
-        return cluster_client(
-            redis.cluster.RedisCluster,
-            url,
-            socket_timeout=CLUSTER_TIMEOUT_S,
-            socket_connect_timeout=CLUSTER_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
+        with url_errors(safe_url(url)):
+            return cluster_client(
+                redis.cluster.RedisCluster,
+                url,
+                socket_timeout=CLUSTER_TIMEOUT_S,
+                socket_connect_timeout=CLUSTER_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 0),
+            )
     except CLUSTER_ERRORS as error:
         raise cluster_error(error, f"redis {safe_url(url)}") from error
+
+
+@contextmanager
+def url_errors(shown: str) -> Iterator[None]:
+    """Turn what redis-py says of a malformed URL into a ConfigError.
+
+    Args:
+        shown: the URL, as messages may name it.
+    """
+    try:
+        yield
+    except ValueError:
+        # The cause is left out: redis-py quotes parts of the URL, and a part may be the password.
+        raise ConfigError(f"redis URL {shown}: expected {URL_FORM}") from None
+
+
+def single_client(package: Any, url: str, **options: Any) -> Any:
+    """A client of one server, or of the one that Sentinel names as the primary.
+
+    Args:
+        package: `redis` or `redis.asyncio`.
+        url: of the server, or a `redis+sentinel://` one.
+        options: of the class `Redis`.
+
+    Raises:
+        ValueError: the URL is none.
+    """
+    if sentinel.names_sentinel(url):
+        return sentinel.sentinel_client(package, url, **options)
+    return package.Redis.from_url(url, **options)
 
 
 def cluster_client(kind: Any, url: str, **options: Any) -> Any:
@@ -88,9 +124,15 @@ def cluster_client(kind: Any, url: str, **options: Any) -> Any:
         options: of the class.
 
     Raises:
+        ConfigError: the URL is Sentinel's.
         ValueError: the URL is none.
         RedisClusterException: no node answers (the asyncio client says so at its first command).
     """
+    if sentinel.names_sentinel(url):
+        raise ConfigError(
+            f"redis {safe_url(url)}: Sentinel watches single servers, but the layout is 'cluster'; "
+            "set AFTERCLICK_SERVING__LAYOUT=single (in an application: TopK(…, layout='single'))"
+        )
     matched = _HOSTS.fullmatch(url)
     if matched is None:
         raise ValueError("no URL")
@@ -147,6 +189,11 @@ def refusal(error: Exception, where: str) -> ConfigError | None:
             return ConfigError(
                 f"{where}: {cause}; check user and password in AFTERCLICK_SERVING__REDIS and "
                 "AFTERCLICK_SERVING__REDIS_PASSWORD (in an application: TopK's arguments)"
+            )
+        if sentinel.refuses_password(cause):
+            return ConfigError(
+                f"{where}: a Sentinel refuses the password; check sentinel_username and "
+                "sentinel_password among the URL's options"
             )
         if isinstance(cause, redis.exceptions.NoPermissionError) or "NOPERM" in str(cause):
             return ConfigError(

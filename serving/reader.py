@@ -26,10 +26,11 @@ from redis.retry import Retry
 from afterclick.serving.address import safe_url, with_password
 from afterclick.serving.connection import (
     CLUSTER_ERRORS,
-    URL_FORM,
     cluster_client,
     cluster_error,
     refusal,
+    single_client,
+    url_errors,
 )
 from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
@@ -49,8 +50,9 @@ class TopK:
     """Reads lists; safe to share between threads.
 
     Args:
-        redis_url: `redis://user@host:port/db`, `unix://` for a socket; for Redis Cluster one node
-            or several, `redis://host:port,host:port`; for TLS `rediss://…?ssl_ca_certs=FILE`, with
+        redis_url: `redis://user@host:port/db`, `unix://` for a socket; behind Sentinel
+            `redis+sentinel://user@host:port,host:port/service/db`; for Redis Cluster one node or
+            several, `redis://host:port,host:port`; for TLS `rediss://…?ssl_ca_certs=FILE`, with
             `ssl_certfile` and `ssl_keyfile` where Redis asks for a certificate.
         namespace: first part of every key, as the workers' `AFTERCLICK_SERVING__NAMESPACE`.
         layout: `cluster` for Redis Cluster, as the workers' `AFTERCLICK_SERVING__LAYOUT`.
@@ -92,8 +94,8 @@ class TopK:
             )
             self._execute = self._execute_by_slot
             return
-        with _url_errors(self._url):
-            self._redis = redis.Redis.from_url(redis_url, **options)
+        with url_errors(self._url):
+            self._redis = single_client(redis, redis_url, **options)
         self._execute = self._redis.execute_command
 
     def get(self, user_id: str, k: int | None = None) -> Top:
@@ -141,7 +143,7 @@ class TopK:
 
     def _execute_by_slot(self, name: str, *keys: str) -> Any:
         if self._redis is None:
-            with self._opening, _url_errors(self._url):
+            with self._opening, url_errors(self._url):
                 if self._redis is None:
                     self._redis = self._open()
         if name == "MGET" and len(keys) > 1:
@@ -191,12 +193,12 @@ class AsyncTopK:
         options["retry"] = AsyncRetry(NoBackoff(), 0)
         self._redis: Any
         self._execute: Callable[..., Any]
-        with _url_errors(self._url):
+        with url_errors(self._url):
             if layout == "cluster":
                 self._redis = cluster_client(redis.asyncio.RedisCluster, redis_url, **options)
                 self._execute = self._execute_by_slot
             else:
-                self._redis = redis.asyncio.Redis.from_url(redis_url, **options)
+                self._redis = single_client(redis.asyncio, redis_url, **options)
                 self._execute = self._redis.execute_command
 
     async def get(self, user_id: str, k: int | None = None) -> Top:
@@ -257,15 +259,6 @@ class AsyncTopK:
 def _worth_another(error: redis.ConnectionError) -> bool:
     """A connection that died while idle is worth a second try, a wrong password is not."""
     return not isinstance(error, redis.AuthenticationError)
-
-
-@contextmanager
-def _url_errors(url: str) -> Generator[None, None, None]:
-    try:
-        yield
-    except ValueError:
-        # The cause is left out: redis-py quotes parts of the URL, and a part may be the password.
-        raise ConfigError(f"redis URL {url}: expected {URL_FORM}") from None
 
 
 @contextmanager

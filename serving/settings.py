@@ -52,8 +52,9 @@ class ServingSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """Settings of lists, releases and Redis, shared by the worker, the reader and the trainer."""
 
     redis: str = "redis://127.0.0.1:6379/0"
-    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2), `redis://user@host:6379/0`. Of Redis Cluster one node
-    or several, `redis://host:port,host:port`; any of them leads to the others. For TLS
+    """URL of Redis (≥ 6.2) or Valkey (≥ 7.2), `redis://user@host:6379/0`. Behind Sentinel
+    `redis+sentinel://user@host:26379,host:26379/service/0`, the hosts being Sentinels. Of Redis
+    Cluster one node or several, `redis://host:port,host:port`; any leads to the others. For TLS
     `rediss://…?ssl_ca_certs=FILE`, with `ssl_certfile` and `ssl_keyfile` where Redis asks for a
     certificate.
     """

@@ -314,6 +314,10 @@ def test_the_async_reader_has_the_methods_of_the_sync_one() -> None:
         ("redis://:hunter2", "redis://***"),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock"),
         ("unix://me:hunter2@/run/redis.sock", "unix://***@/run/redis.sock"),
+        ("redis+sentinel://a:1,[::1]:2/my.shop/0", "redis+sentinel://a:1,[::1]:2/my.shop/0"),
+        ("rediss+sentinel://me:hunter2@a/shop", "rediss+sentinel://***@a/shop"),
+        ("redis+sentinel://a/shop?sentinel_password=hunter2", "redis+sentinel://***"),
+        ("redis+sentinel://a,b:hunter2", "redis+sentinel://***"),
         ("hunter2", "***"),
     ],
 )
@@ -324,7 +328,17 @@ def test_a_url_is_shown_without_its_secret(url: str, shown: str) -> None:
     assert "ter2" not in safe_url(url)
 
 
-@pytest.mark.parametrize("url", ["cache:6379", "redis://:hunter2", "http://x:y@z"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "cache:6379",
+        "redis://:hunter2",
+        "http://x:y@z",
+        "redis+sentinel://a:1,b:2",
+        "redis+sentinel://a:hunter2/shop",
+        "redis+sentinel://a/shop/zero",
+    ],
+)
 def test_a_malformed_url_is_a_config_error(url: str) -> None:
     """redis-py's own message quotes the part it could not read, which may be the password."""
     with pytest.raises(ConfigError, match="expected redis://") as caught:

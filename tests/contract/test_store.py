@@ -344,6 +344,18 @@ def test_the_wrong_layout_is_named_at_start(
         opened(node, "single")
     with pytest.raises(ConfigError, match="AFTERCLICK_SERVING__LAYOUT=single"):
         opened(redis_url, "cluster")
+    with pytest.raises(ConfigError, match="AFTERCLICK_SERVING__LAYOUT=single"):
+        opened("redis+sentinel://127.0.0.1:26379/shop/0", "cluster")
+
+
+@pytest.mark.parametrize("layout", ["single", "cluster"])
+@pytest.mark.parametrize("url", ["cache:6379", "redis+sentinel:/me:hunter2@a/shop"])
+def test_a_malformed_url_is_a_config_error(url: str, layout: Layout) -> None:
+    """Of every verb that writes, as of the reader: no traceback, and no password in it."""
+    with pytest.raises(ConfigError, match="expected redis://") as caught:
+        opened(url, layout)
+
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_cluster_that_is_away_is_waited_for() -> None:

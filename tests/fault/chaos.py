@@ -54,7 +54,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     mistold: int
     """Moves that topic `signals` lacks, or brings its readers more often than the log has them."""
     letters_missing: int
-    """Bad records without a dead letter."""
+    """Bad records without a dead letter; below 0, good ones with one."""
     publications: int
     scripts_held: int
     """Workers that died with a script on its way, or its answer."""
@@ -83,7 +83,7 @@ class Outcome(msgspec.Struct, kw_only=True):
         """0 where every promise held."""
         return (
             self.lost + self.doubled + self.differences
-            + self.unsure + self.mistold + self.letters_missing
+            + self.unsure + self.mistold + abs(self.letters_missing)
         )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ def test_only_secrets_come_from_files(name: str) -> None:
         ("redis://me@a:1,b:2/0", "redis://me:pw@a:1,b:2/0"),
         ("rediss://me@[::1]:1/0?ssl_ca_certs=/a@b.pem", None),
         ("unix:///run/redis.sock", "unix://:pw@/run/redis.sock"),
+        ("redis+sentinel://me@a:1,b:2/shop/0", "redis+sentinel://me:pw@a:1,b:2/shop/0"),
     ],
 )
 def test_a_password_goes_in_front_of_the_host_whatever_the_url(url: str, whole: str | None) -> None:

@@ -1,0 +1,118 @@
+"""A Redis primary with a replica and three Sentinels that watch them."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from afterclick.streams.local import HOST, Redis, Server, local_redis, redis_program
+from afterclick.streams.processes import Process, free_port, listening
+
+SERVICE = "shop-lists"
+
+DOWN_AFTER_MS = 2000
+"""Silence after which a Sentinel takes a server for dead; its default of 30 s would only make tests
+wait.
+"""
+
+TIMEOUT_S = 60.0
+"""Longest wait for something that takes a second or two."""
+
+
+class Watched:
+    """The servers; `url` is what the setting `redis` takes."""
+
+    def __init__(self, servers: list[Redis], sentinels: list[Server]) -> None:
+        self.servers, self.sentinels = servers, sentinels
+
+    @property
+    def url(self) -> str:
+        """`redis+sentinel://host:port,…/service/0`."""
+        return f"redis+sentinel://{','.join(s.address for s in self.sentinels)}/{SERVICE}/0"
+
+    def primary(self) -> Redis | None:
+        """What most Sentinels name; None while they disagree."""
+        named = [_asked(one)["port"] for one in self.sentinels if one.process.running]
+        return next((s for s in self.servers if named.count(s.port) * 2 > len(named)), None)
+
+    def cut_off(self, primary: Redis) -> None:
+        """Let the replica hear no write from now on; clients notice nothing."""
+        with client(primary) as opened:
+            opened.execute_command("ACL SETUSER", "default", "-psync", "-sync")
+            opened.execute_command("CLIENT KILL", "TYPE", "replica")
+
+    def wait_until_level(self, replica: Redis) -> None:
+        """Return once a server follows the primary."""
+        with client(replica) as opened:
+            wait_for(
+                lambda: opened.info("replication").get("master_link_status") == "up",
+                "the replica follows",
+            )
+
+
+@contextlib.contextmanager
+def redis_with_sentinels(folder: Path) -> Iterator[Watched]:
+    """Run them; the first of `servers` is the primary."""
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                local_redis(
+                    folder / name,
+                    appendonly=True,
+                    arguments=("--repl-diskless-sync-delay", "0"),
+                )
+            )
+            for name in ("redis-a", "redis-b")
+        ]
+        with client(servers[1]) as opened:
+            opened.execute_command("REPLICAOF", HOST, servers[0].port)
+        sentinels = [_sentinel(folder / f"sentinel-{n}", servers[0], stack) for n in range(3)]
+        watched = Watched(servers, sentinels)
+        watched.wait_until_level(servers[1])
+        wait_for(lambda: all(map(_knows_all, sentinels)), "the Sentinels know each other")
+        yield watched
+
+
+def client(server: Server) -> Any:
+    """A plain connection to one server."""
+    return redis.Redis(host=HOST, port=server.port, socket_timeout=10.0)
+
+
+def wait_for(done: Callable[[], Any], what: str) -> None:
+    """Poll until something is so."""
+    until_s = time.monotonic() + TIMEOUT_S
+    while not done():
+        assert time.monotonic() < until_s, f"waited {TIMEOUT_S:.0f} s for: {what}"
+        time.sleep(0.02)
+
+
+def _sentinel(folder: Path, primary: Redis, stack: contextlib.ExitStack) -> Server:
+    folder.mkdir(parents=True)
+    port = free_port()
+    conf = folder / "sentinel.conf"
+    conf.write_text(
+        f"port {port}\nbind {HOST}\nprotected-mode no\ndir {folder.resolve()}\n"
+        f"sentinel monitor {SERVICE} {HOST} {primary.port} 2\n"
+        f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}\n"
+        f"sentinel failover-timeout {SERVICE} 10000\n"
+    )
+    argv = [redis_program(), str(conf.resolve()), "--sentinel"]
+    process = Process("Sentinel", argv, log=folder / "sentinel.log", cwd=folder)
+    server = Server(process, port, lambda: listening(port), TIMEOUT_S)
+    stack.callback(server.stop)
+    server.start()
+    return server
+
+
+def _asked(sentinel: Server) -> dict[str, Any]:
+    with client(sentinel) as opened:
+        state: dict[str, Any] = opened.sentinel_master(SERVICE)
+    return state
+
+
+def _knows_all(sentinel: Server) -> bool:
+    state = _asked(sentinel)
+    return (state["num-other-sentinels"], state["num-slaves"]) == (2, 1)
