@@ -1,5 +1,7 @@
 """What a URL of Sentinel says to Sentinel, and what to Redis."""
 
+from typing import Any
+
 import pytest
 import redis
 import redis.asyncio
@@ -10,7 +12,7 @@ URL = "rediss+sentinel://me:p%40w@a,b:7/shop/3?ssl_ca_certs=/a@b/ca.pem&sentinel
 
 
 @pytest.mark.parametrize("package", [redis, redis.asyncio])
-def test_everybody_is_told_what_is_meant_for_him(package: object) -> None:
+def test_everybody_is_told_what_is_meant_for_him(package: Any) -> None:
     """A Sentinel must not hear Redis's password; TLS is for both."""
     pool = sentinel_client(package, URL, socket_timeout=9.0).connection_pool
 
@@ -33,7 +35,7 @@ def test_everybody_is_told_what_is_meant_for_him(package: object) -> None:
 
 
 @pytest.mark.parametrize("package", [redis, redis.asyncio])
-def test_without_tls_none_is_spoken(package: object) -> None:
+def test_without_tls_none_is_spoken(package: Any) -> None:
     """And without a database it is the first one."""
     pool = sentinel_client(package, "redis+sentinel://a/shop").connection_pool
 
