@@ -1,7 +1,7 @@
 """URLs as text: what of them may be shown, and a password put into one. Opens nothing."""
 
 import re
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from afterclick.serving.errors import ConfigError
 
@@ -32,6 +32,25 @@ def safe_url(url: str) -> str:
     place = place.partition("?")[0]
     shown = place if _SAFE[scheme].fullmatch(place) and "password=" not in rest.lower() else "***"
     return f"{scheme}://{'***@' if at else ''}{shown}"
+
+
+def places_of(hosts: str, port: int) -> list[tuple[str, int]]:
+    """Hosts with their ports.
+
+    Args:
+        hosts: `host[:port],host[:port],…`
+        port: of those that name none.
+
+    Raises:
+        ValueError: one is none.
+    """
+    places = []
+    for text in hosts.split(","):
+        place = urlsplit(f"//{text}")
+        if not place.hostname:
+            raise ValueError("no host")
+        places.append((place.hostname, place.port or port))
+    return places
 
 
 def without_user(url: str) -> str:

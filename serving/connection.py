@@ -14,14 +14,15 @@ import redis
 import redis.asyncio
 import redis.cluster
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.connection import parse_url
 from redis.exceptions import ClusterCrossSlotError, MovedError, RedisClusterException
 from redis.retry import Retry
 
 from afterclick.serving import sentinel
-from afterclick.serving.address import safe_url
+from afterclick.serving.address import places_of, safe_url
 from afterclick.serving.errors import AfterclickError, ConfigError, UnavailableError
 from afterclick.serving.keys import Layout
+
+PORT = 6379
 
 TIMEOUT_S = 5.0
 """Longest wait for one answer; a script over 256 users takes about 2 ms."""
@@ -143,10 +144,10 @@ def cluster_client(kind: Any, url: str, **options: Any) -> Any:
         if kind is redis.asyncio.RedisCluster
         else redis.cluster.ClusterNode
     )
-    places = [parse_url(f"redis://{other}") for other in others]  # type: ignore[no-untyped-call]
+    places = places_of(",".join(others), PORT) if others else []
     return kind.from_url(
         f"{before}{first}{after}",
-        startup_nodes=[node(place["host"], place.get("port", 6379)) for place in places],
+        startup_nodes=[node(host, port) for host, port in places],
         # Users whose partitions stand on living masters are served while another master is down.
         require_full_coverage=False,
         **options,

@@ -13,6 +13,8 @@ import redis.asyncio.sentinel
 import redis.sentinel
 from redis.backoff import NoBackoff
 
+from afterclick.serving.address import places_of
+
 URL_FORM = "redis+sentinel://[[user]:password@]host[:port],…/service[/database]"
 
 PORT = 26379
@@ -66,9 +68,8 @@ def sentinel_client(package: Any, url: str, **options: Any) -> Any:
             of_sentinel[name.removeprefix(_OF_SENTINEL)] = of_redis.pop(name)
         elif name.startswith("ssl"):
             of_sentinel[name] = of_redis[name]
-    places = [parse(f"redis://{host}") for host in hosts.split(",")]
     sentinel = package.sentinel.Sentinel(
-        [(place["host"], place.get("port", PORT)) for place in places],
+        places_of(hosts, PORT),
         sentinel_kwargs=of_sentinel,
         **of_redis,
     )

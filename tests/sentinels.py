@@ -34,9 +34,9 @@ class Watched:
         return f"redis+sentinel://{','.join(s.address for s in self.sentinels)}/{SERVICE}/0"
 
     def primary(self) -> Redis | None:
-        """What most Sentinels name; None while they disagree."""
-        named = [_asked(one)["port"] for one in self.sentinels if one.process.running]
-        return next((s for s in self.servers if named.count(s.port) * 2 > len(named)), None)
+        """What two Sentinels of three name; None while they disagree."""
+        named = [_asked(one).get("port") for one in self.sentinels]
+        return next((s for s in self.servers if named.count(s.port) > 1), None)
 
     def cut_off(self, primary: Redis) -> None:
         """Let the replica hear no write from now on; clients notice nothing."""
@@ -108,11 +108,14 @@ def _sentinel(folder: Path, primary: Redis, stack: contextlib.ExitStack) -> Serv
 
 
 def _asked(sentinel: Server) -> dict[str, Any]:
-    with client(sentinel) as opened:
-        state: dict[str, Any] = opened.sentinel_master(SERVICE)
-    return state
+    """What a Sentinel knows of the service; nothing where it is dead or hangs."""
+    try:
+        with redis.Redis(host=HOST, port=sentinel.port, socket_timeout=0.2) as opened:
+            return dict(opened.sentinel_master(SERVICE))
+    except (redis.ConnectionError, redis.TimeoutError):
+        return {}
 
 
 def _knows_all(sentinel: Server) -> bool:
     state = _asked(sentinel)
-    return (state["num-other-sentinels"], state["num-slaves"]) == (2, 1)
+    return (state.get("num-other-sentinels"), state.get("num-slaves")) == (2, 1)

@@ -358,6 +358,21 @@ def test_a_malformed_url_is_a_config_error(url: str, layout: Layout) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "layout"),
+    [
+        ("redis+sentinel://a:1,:2/shop", "single"),
+        ("redis+sentinel://,/shop", "single"),
+        ("redis://127.0.0.1:1,:2", "cluster"),
+        ("redis://127.0.0.1:1,b:port", "cluster"),
+    ],
+)
+def test_every_host_of_a_url_is_one(url: str, layout: Layout) -> None:
+    """A name left empty by a template."""
+    with pytest.raises(ConfigError, match="expected redis://"):
+        opened(url, layout)
+
+
 def test_a_cluster_that_is_away_is_waited_for() -> None:
     """An orchestrator starts workers and Redis side by side."""
     with pytest.raises(UnavailableError, match="does not answer"):
