@@ -61,10 +61,10 @@ def connect(url: str, layout: Layout = "single") -> Any:
         ConfigError: the URL is none, or leads to a single server under the layout `cluster`.
         UnavailableError: no node of the cluster answers.
     """
-    if layout == "single":
-        # A primary that was made a replica keeps its connections: only a new one leads to the
-        # server that took over behind the address.
-        with url_errors(safe_url(url)):
+    with url_errors(safe_url(url)):
+        if layout == "single":
+            # A primary that was made a replica keeps its connections: only a new one leads to the
+            # server that took over behind the address.
             return single_client(
                 redis,
                 url,
@@ -73,8 +73,7 @@ def connect(url: str, layout: Layout = "single") -> Any:
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
                 retry_on_error=[redis.exceptions.ReadOnlyError],
             )
-    try:
-        with url_errors(safe_url(url)):
+        try:
             return cluster_client(
                 redis.cluster.RedisCluster,
                 url,
@@ -82,8 +81,8 @@ def connect(url: str, layout: Layout = "single") -> Any:
                 socket_connect_timeout=CLUSTER_TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
             )
-    except CLUSTER_ERRORS as error:
-        raise cluster_error(error, f"redis {safe_url(url)}") from error
+        except CLUSTER_ERRORS as error:
+            raise cluster_error(error, f"redis {safe_url(url)}") from error
 
 
 @contextmanager
@@ -138,13 +137,13 @@ def cluster_client(kind: Any, url: str, **options: Any) -> Any:
     if matched is None:
         raise ValueError("no URL")
     before, hosts, after = matched.groups()
-    first, *others = hosts.split(",")
+    first, comma, others = hosts.partition(",")
     node = (
         redis.asyncio.cluster.ClusterNode
         if kind is redis.asyncio.RedisCluster
         else redis.cluster.ClusterNode
     )
-    places = places_of(",".join(others), PORT) if others else []
+    places = places_of(others, PORT) if comma else []
     return kind.from_url(
         f"{before}{first}{after}",
         startup_nodes=[node(host, port) for host, port in places],

@@ -22,7 +22,6 @@ PORT = 26379
 TIMEOUT_S = 0.5
 """Longest wait for one Sentinel before the next one is asked."""
 
-_SCHEMES = ("redis+sentinel", "rediss+sentinel")
 _URL = re.compile(
     r"(?P<scheme>rediss?)\+sentinel://(?P<user>[^/?]*@)?(?P<hosts>[^/?@]+)"
     r"/(?P<service>[^/?@]+)(?:/(?P<database>\d*))?(?P<options>\?.*)?"
@@ -33,7 +32,7 @@ _OF_SENTINEL = "sentinel_"
 
 def names_sentinel(url: str) -> bool:
     """Whether a URL asks for such a client."""
-    return url.partition("://")[0] in _SCHEMES
+    return url.partition("://")[0].endswith("+sentinel")
 
 
 def sentinel_client(package: Any, url: str, **options: Any) -> Any:

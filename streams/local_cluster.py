@@ -64,9 +64,7 @@ class LocalCluster:
 
         When the master dies this one takes over, without what was written since.
         """
-        with _client(master) as client:
-            client.execute_command("ACL SETUSER", "default", "-psync", "-sync")
-            client.execute_command("CLIENT KILL", "TYPE", "replica")
+        cut_off_replicas(master)
         return self.replicas[self.masters.index(master)]
 
     def wait_until_whole(self, timeout_s: float = FORM_TIMEOUT_S) -> None:
@@ -132,6 +130,13 @@ def local_redis_cluster(
         cluster = LocalCluster(leaders, followers)
         _form(cluster)
         yield cluster
+
+
+def cut_off_replicas(master: Redis) -> None:
+    """Let a server's replicas hear no write of it from now on; clients notice nothing."""
+    with _client(master) as client:
+        client.execute_command("ACL SETUSER", "default", "-psync", "-sync")
+        client.execute_command("CLIENT KILL", "TYPE", "replica")
 
 
 def key_slot(key: str) -> int:

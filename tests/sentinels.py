@@ -1,15 +1,15 @@
 """A Redis primary with a replica and three Sentinels that watch them."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import redis
 
-from afterclick.streams.local import HOST, Redis, Server, local_redis, redis_program
+from afterclick.streams.local import HOST, Redis, local_redis, redis_program
 from afterclick.streams.processes import Process, free_port, listening
+from tests.fault.redis_pair import client, wait_until, wait_until_level
 
 SERVICE = "shop-lists"
 
@@ -25,7 +25,7 @@ TIMEOUT_S = 60.0
 class Watched:
     """The servers; `url` is what the setting `redis` takes."""
 
-    def __init__(self, servers: list[Redis], sentinels: list[Server]) -> None:
+    def __init__(self, servers: list[Redis], sentinels: list[Redis]) -> None:
         self.servers, self.sentinels = servers, sentinels
 
     @property
@@ -33,24 +33,13 @@ class Watched:
         """`redis+sentinel://host:port,…/service/0`."""
         return f"redis+sentinel://{','.join(s.address for s in self.sentinels)}/{SERVICE}/0"
 
-    def primary(self) -> Redis | None:
-        """What two Sentinels of three name; None while they disagree."""
-        named = [_asked(one).get("port") for one in self.sentinels]
-        return next((s for s in self.servers if named.count(s.port) > 1), None)
-
-    def cut_off(self, primary: Redis) -> None:
-        """Let the replica hear no write from now on; clients notice nothing."""
-        with client(primary) as opened:
-            opened.execute_command("ACL SETUSER", "default", "-psync", "-sync")
-            opened.execute_command("CLIENT KILL", "TYPE", "replica")
-
-    def wait_until_level(self, replica: Redis) -> None:
-        """Return once a server follows the primary."""
-        with client(replica) as opened:
-            wait_for(
-                lambda: opened.info("replication").get("master_link_status") == "up",
-                "the replica follows",
-            )
+    def wait_for_primary(self, server: Redis) -> None:
+        """Return once two Sentinels of three name a server."""
+        took_over = wait_until(
+            lambda: [_asked(one).get("port") for one in self.sentinels].count(server.port) > 1,
+            TIMEOUT_S,
+        )
+        assert took_over, "the replica never took over"
 
 
 @contextlib.contextmanager
@@ -70,26 +59,13 @@ def redis_with_sentinels(folder: Path) -> Iterator[Watched]:
         with client(servers[1]) as opened:
             opened.execute_command("REPLICAOF", HOST, servers[0].port)
         sentinels = [_sentinel(folder / f"sentinel-{n}", servers[0], stack) for n in range(3)]
-        watched = Watched(servers, sentinels)
-        watched.wait_until_level(servers[1])
-        wait_for(lambda: all(map(_knows_all, sentinels)), "the Sentinels know each other")
-        yield watched
+        wait_until_level(servers[1])
+        known = wait_until(lambda: all(map(_knows_all, sentinels)), TIMEOUT_S)
+        assert known, "the Sentinels never knew each other"
+        yield Watched(servers, sentinels)
 
 
-def client(server: Server) -> Any:
-    """A plain connection to one server."""
-    return redis.Redis(host=HOST, port=server.port, socket_timeout=10.0)
-
-
-def wait_for(done: Callable[[], Any], what: str) -> None:
-    """Poll until something is so."""
-    until_s = time.monotonic() + TIMEOUT_S
-    while not done():
-        assert time.monotonic() < until_s, f"waited {TIMEOUT_S:.0f} s for: {what}"
-        time.sleep(0.02)
-
-
-def _sentinel(folder: Path, primary: Redis, stack: contextlib.ExitStack) -> Server:
+def _sentinel(folder: Path, primary: Redis, stack: contextlib.ExitStack) -> Redis:
     folder.mkdir(parents=True)
     port = free_port()
     conf = folder / "sentinel.conf"
@@ -101,13 +77,13 @@ def _sentinel(folder: Path, primary: Redis, stack: contextlib.ExitStack) -> Serv
     )
     argv = [redis_program(), str(conf.resolve()), "--sentinel"]
     process = Process("Sentinel", argv, log=folder / "sentinel.log", cwd=folder)
-    server = Server(process, port, lambda: listening(port), TIMEOUT_S)
+    server = Redis(process, port, lambda: listening(port), TIMEOUT_S)
     stack.callback(server.stop)
     server.start()
     return server
 
 
-def _asked(sentinel: Server) -> dict[str, Any]:
+def _asked(sentinel: Redis) -> dict[str, Any]:
     """What a Sentinel knows of the service; nothing where it is dead or hangs."""
     try:
         with redis.Redis(host=HOST, port=sentinel.port, socket_timeout=0.2) as opened:
@@ -116,6 +92,6 @@ def _asked(sentinel: Server) -> dict[str, Any]:
         return {}
 
 
-def _knows_all(sentinel: Server) -> bool:
+def _knows_all(sentinel: Redis) -> bool:
     state = _asked(sentinel)
     return (state.get("num-other-sentinels"), state.get("num-slaves")) == (2, 1)

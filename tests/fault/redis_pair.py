@@ -29,14 +29,14 @@ class RedisPair:
 
     def keep_behind(self) -> None:
         """Let nothing more reach the replica, which does not notice; it was level before."""
-        self._wait_level()
+        wait_until_level(self.replica)
         self._link.hold(TO_CLIENT)
 
     def promote(self) -> None:
         """The replica takes over as it stands; what was on its way to it is lost."""
         self._link.cut()
-        with _client(self.replica) as client:
-            client.execute_command("REPLICAOF", "NO", "ONE")
+        with client(self.replica) as opened:
+            opened.execute_command("REPLICAOF", "NO", "ONE")
         self.primary, self.replica = self.replica, self.primary
 
     def rejoin(self) -> None:
@@ -75,15 +75,8 @@ class RedisPair:
         return max(files, key=lambda file: [int(n) for n in file.name.split(".") if n.isdigit()])
 
     def _follow(self, server: Redis) -> None:
-        with _client(server) as client:
-            client.execute_command("REPLICAOF", HOST, self._link.port)
-
-    def _wait_level(self) -> None:
-        until_s = time.monotonic() + SYNC_TIMEOUT_S
-        with _client(self.replica) as client:
-            while client.info("replication").get("master_link_status") != "up":
-                assert time.monotonic() < until_s, "the replica never came level"
-                time.sleep(0.02)
+        with client(server) as opened:
+            opened.execute_command("REPLICAOF", HOST, self._link.port)
 
 
 @contextlib.contextmanager
@@ -116,5 +109,19 @@ def wait_until(done: Callable[[], Any], timeout_s: float) -> bool:
     return True
 
 
-def _client(server: Redis) -> Any:
+def wait_until_level(replica: Redis) -> None:
+    """Return once a server follows its primary."""
+    assert wait_until(lambda: _follows(replica), SYNC_TIMEOUT_S), "the replica never came level"
+
+
+def _follows(server: Redis) -> bool:
+    try:
+        with client(server) as opened:
+            return bool(opened.info("replication").get("master_link_status") == "up")
+    except redis.ConnectionError:  # it has just been made a replica, which ends its connections
+        return False
+
+
+def client(server: Redis) -> Any:
+    """A plain connection to one server."""
     return redis.Redis.from_url(server.url, socket_timeout=10)

@@ -10,9 +10,11 @@ from afterclick.serving.errors import ConfigError, UnavailableError
 from afterclick.serving.keys import Keys
 from afterclick.serving.reader import AsyncTopK, TopK
 from afterclick.streams.local import readiness
+from afterclick.streams.local_cluster import cut_off_replicas
 from afterclick.streams.settings import StreamsSettings
+from tests.fault.redis_pair import client, wait_until_level
 from tests.lists import a_list
-from tests.sentinels import Watched, client, redis_with_sentinels, wait_for
+from tests.sentinels import Watched, redis_with_sentinels
 from tests.service.stage import Stage, some_clicks
 
 pytestmark = [pytest.mark.service, pytest.mark.anybroker]
@@ -24,28 +26,36 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
         yield watched
 
 
+@pytest.fixture
+def stage(
+    topics: StreamsSettings, watched: Watched, namespace: str, tmp_path: Path
+) -> Iterator[Stage]:
+    stage = Stage(topics, watched.url, namespace, tmp_path)
+    yield stage
+    stage.close()
+
+
 @pytest.mark.parametrize("how", ["kill", "pause"])
 def test_a_failover_that_loses_writes_loses_no_click(
-    watched: Watched, topics: StreamsSettings, namespace: str, tmp_path: Path, how: str
+    stage: Stage, watched: Watched, how: str
 ) -> None:
     """The replica that Sentinel promotes lacks the newest writes. A paused primary wakes up as one
     still, with connections of before, until it is told.
     """
-    stage = Stage(topics, watched.url, namespace, tmp_path)
     stage.publish("r1", seed=1)
     primary, replica = watched.servers
     heads = [stage.keys.head(p) for p in stage.ends()]
     with stage.worker() as worker, stage.reader() as reader:
         stage.send(some_clicks(200, users=100))
         stage.wait_folded()
-        watched.wait_until_level(replica)
-        watched.cut_off(primary)
+        wait_until_level(replica)
+        cut_off_replicas(primary)
         stage.send(some_clicks(200, users=100, start=200))
         stage.wait_folded()
         with client(primary) as one, client(replica) as other:
             assert one.mget(heads) != other.mget(heads), "writes that nobody else has"
         getattr(primary, how)()
-        wait_for(lambda: watched.primary() is replica, "the takeover")
+        watched.wait_for_primary(replica)
         stage.wait_folded()
         if how == "kill":
             primary.start()
@@ -54,10 +64,9 @@ def test_a_failover_that_loses_writes_loses_no_click(
         stage.send(some_clicks(100, users=100, start=400))
         stage.wait_folded()
         stage.wait(lambda: readiness(worker.port)[0], "ready again")
-        watched.wait_until_level(primary)  # by now it follows, and took over what it had missed
+        wait_until_level(primary)  # by now it follows, and took over what it had missed
         tops = reader.get_many([f"u{n}" for n in range(100)])
     report = stage.verify()
-    stage.close()
     assert report.first_difference is None
     assert (report.lists, report.clicks) == (100, 500)
     assert all(top.source == "model" and top.items for top in tops)
@@ -83,12 +92,12 @@ def test_readers_follow_the_primary(watched: Watched, how: str) -> None:
         with TopK(watched.url) as top, client(primary) as write:
             write.set(key, a_list("a"))
             assert top.get("u").items == (await aside.get("u")).items == ["a"]
-            await asyncio.to_thread(watched.wait_until_level, replica)
+            await asyncio.to_thread(wait_until_level, replica)
             getattr(watched.sentinels[0], how)()
             primary.kill()
             with pytest.raises(UnavailableError, match=r"redis\+sentinel://127.0.0.1:"):
                 top.get("u")
-            await asyncio.to_thread(wait_for, lambda: watched.primary() is replica, "the takeover")
+            await asyncio.to_thread(watched.wait_for_primary, replica)
             assert top.get("u").items == await read_on(aside) == ["a"]
             with client(replica) as now:
                 now.set(key, a_list("b"))
