@@ -4,11 +4,11 @@ Reads no file; `files.py` does.
 """
 
 import argparse
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-TimeUnit = Literal["auto", "s", "ms"]
+TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
 
 
 class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +25,8 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     event_id: str = ""
     """Usually `event_id`, may be missing."""
     time_unit: TimeUnit = "auto"
-    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms` and where all are
-    too large for seconds, else seconds.
+    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds, or
+    the coarsest unit in which none is past the year 5000.
     """
     names: tuple[str, ...] = ()
     """Of a CSV file without a header: its columns in order. Empty: the first line has them."""
@@ -41,11 +41,11 @@ class ItemColumns(msgspec.Struct, frozen=True, kw_only=True):
     item: str = ""
     """Usually `item_id`."""
     title: str = ""
-    """Usually `title`."""
+    """Usually `title`, else `name` and others (`files.TITLE_NAMES`)."""
     text: str = ""
-    """Usually `text`, else `description`."""
+    """Usually `text`, else `description` and others."""
     categories: str = ""
-    """Usually `categories`, else `genres`: lists, or text split on `|`."""
+    """Usually `categories`, else `genres` and others: lists, or text split on `|`."""
     published: str = ""
     """Usually `published_ms`, else `published_at`."""
     available: str = ""
@@ -64,9 +64,9 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
     group.add_argument(
         "--time-unit",
-        choices=("auto", "s", "ms"),
+        choices=get_args(TimeUnit),
         default="auto",
-        help="unit of numbers; auto: ms for a column named *_ms or numbers too large for s",
+        help="unit of numbers; auto: ms for a column named *_ms, else s, or finer where too large",
     )
     group.add_argument(
         "--columns",
@@ -99,10 +99,10 @@ def add_item_columns(parser: argparse.ArgumentParser) -> None:
     """Options that name the columns of a catalogue file."""
     group = parser.add_argument_group("columns of the items file")
     group.add_argument("--items-id-column", default="", help="default: item_id")
-    group.add_argument("--title-column", default="", help="default: title")
-    group.add_argument("--text-column", default="", help="default: text, else description")
+    group.add_argument("--title-column", default="", help="default: title, name, …")
+    group.add_argument("--text-column", default="", help="default: text, description, …")
     group.add_argument(
-        "--categories-column", default="", help="default: categories, else genres; split on |"
+        "--categories-column", default="", help="default: categories, genres, …; split on |"
     )
     group.add_argument(
         "--published-column", default="", help="default: published_ms, else published_at"

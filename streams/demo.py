@@ -284,7 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument("--num-items", type=int, default=2000, help="(2000)")
     world.add_argument("--past", type=int, default=60_000, help="clicks before live begins (60000)")
     real = parser.add_argument_group("real data instead")
-    real.add_argument("--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines")
+    real.add_argument(
+        "--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines, a folder"
+    )
     real.add_argument("--items", type=Path, metavar="FILE", help="its catalogue")
     real.add_argument(
         "--train-share", type=_share, default=0.8, metavar="X", help="first part, trained on (0.8)"

@@ -1,4 +1,4 @@
-"""Click logs and catalogues in files: CSV, Parquet or JSON lines in, tables and items out.
+"""Click logs and catalogues in files, tables and items out: what the columns of a table mean.
 
 Everything runs in Arrow, nothing per row in Python. Ids are text always, whatever the file's type.
 Knows no Kafka and no training: replay, the trainer and the demo all read files through here.
@@ -8,13 +8,12 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afterclick.serving.errors import AfterclickError, ConfigError, ContractError
+from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.streams.columns import (
     ClickColumns,
     ItemColumns,
@@ -25,6 +24,7 @@ from afterclick.streams.columns import (
     item_columns,
 )
 from afterclick.streams.events import NO_ITEM_EVENTS, Item
+from afterclick.streams.tables import kind_of, names_of, parts_of, read_table
 
 __all__ = [
     "CLICKS_SCHEMA",
@@ -40,19 +40,23 @@ __all__ = [
 
 USER_NAMES = (
     *("user_id", "session_id", "user", "session", "visitor_id", "customer_id"),
-    *("reviewer_id", "member_id", "client_id", "user_session"),
+    *("reviewer_id", "member_id", "client_id", "user_session", "uid", "account_id"),
 )
 ITEM_NAMES = (
     *("item_id", "item", "product_id", "article_id", "news_id", "movie_id", "track_id"),
-    *("asin", "video_id", "book_id", "artist_id", "content_id"),
+    *("parent_asin", "asin", "video_id", "book_id", "artist_id", "content_id", "iid", "sku"),
+    *("click_article_id", "song_id", "business_id", "game_id", "recipe_id", "stock_code"),
 )
 TIME_NAMES = (
     *("timestamp_ms", "timestamp", "time_ms", "time", "event_time", "ts"),
-    *("datetime", "created_at", "event_date", "date"),
+    *("datetime", "created_at", "event_date", "date", "unix_review_time", "click_timestamp"),
+    *("event_timestamp", "unix_time", "order_date", "invoice_date"),
 )
 EVENT_NAMES = ("event", "event_type")
+TITLE_NAMES = ("title", "name", "movie_title", "item_name", "product_name", "headline")
+TEXT_NAMES = ("text", "description", "abstract", "body")
 PUBLISHED_NAMES = ("published_ms", "published_at")
-CATEGORY_NAMES = ("categories", "genres")
+CATEGORY_NAMES = ("categories", "genres", "category", "genre", "class")
 """Usual names, the first that a file has; letters' case, `_` and a `:type` at the end do not count:
 public data sets write `SessionId` and `user_id:token`.
 """
@@ -62,8 +66,8 @@ MISSING = ("", "NA", "NaN", "nan", "NULL", "null", "None", "\\N")
 would be one user.
 """
 
-CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".inter")
-"""The last is RecBole's."""
+NAMES_SHOWN = 6
+"""Of the usual names an error lists so many."""
 
 OR_ALL = ", or all by --columns where the file has no header"
 
@@ -72,17 +76,18 @@ ID_LENGTH_MAX, EVENT_LENGTH_MAX, EVENT_ID_LENGTH_MAX = 512, 64, 256
 
 log = logging.getLogger(__name__)
 
-TIME_MS_MAX = 1 << 53
-"""As `events.Click` has it; beyond, JSON readers lose digits."""
-
 SECONDS_MAX = 100_000_000_000
-"""A larger number of unix seconds is past the year 5000: it is milliseconds, or not a time."""
+"""A larger number of unix seconds is past the year 5000: it is of a finer unit, or not a time."""
 
-HEADER_BYTES_MAX = 1 << 16
-"""A longer header is cut where the delimiter is looked for."""
+INT64_MAX = (1 << 63) - 1
 
-BLOCK_BYTES = 16 << 20
-"""One JSON line must fit in a block; items carry texts up to 64 KiB."""
+PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+UNIT_NAMES: dict[TimeUnit, str] = {
+    "s": "seconds (--time-unit ms if it is those)",
+    "ms": "milliseconds",
+    "us": "microseconds",
+    "ns": "nanoseconds",
+}
 
 CLICKS_SCHEMA = pa.schema(
     [
@@ -96,7 +101,7 @@ CLICKS_SCHEMA = pa.schema(
 
 
 def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
-    """Read a log of clicks, oldest first.
+    """Read a log of clicks, oldest first; of a folder all its files as one log.
 
     Returns:
         Table of `CLICKS_SCHEMA`: user_id, item_id and event are text and never null, timestamp_ms
@@ -108,15 +113,28 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
         ContractError: a value is not what its column promises; names file, row and value.
     """
     columns = columns or ClickColumns()
-    found = _names(path)
-    names = list(columns.names) or found
+    clicks = pa.concat_tables([_clicks_of(part, columns) for part in parts_of(path)])
+    by_time = pc.sort_indices(clicks, sort_keys=[("timestamp_ms", "ascending")])
+    return clicks.take(by_time).combine_chunks()
+
+
+def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
+    """Clicks of one file in its order."""
+    names = list(columns.names) or names_of(path)
     user = _pick(path, names, columns.user, USER_NAMES, f"--user-column{OR_ALL}", required=True)
     item = _pick(path, names, columns.item, ITEM_NAMES, f"--item-column{OR_ALL}", required=True)
     time = _pick(path, names, columns.time, TIME_NAMES, "--time-column")
     event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
     wanted = [name for name in (user, item, time, event, event_id) if name]
-    table = _read(path, wanted, columns.names)
+    unread = [name for name in names if name not in wanted]
+    if not time and unread:
+        log.warning(
+            "%s: no column of times is known by its name, so its rows count as being in time "
+            "order; --time-column names one, if it is among %s",
+            *(path, ", ".join(unread)),
+        )
+    table = read_table(path, wanted, columns.names)
     event_N = _short(path, table, event, EVENT_LENGTH_MAX)
     event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
     id_N = _short(path, table, event_id, EVENT_ID_LENGTH_MAX)
@@ -134,29 +152,31 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
         ],
         schema=CLICKS_SCHEMA,
     )
-    if columns.skip_incomplete:
-        clicks = _complete(path, clicks, no_item_N)
-    if time:
-        clicks = clicks.take(pc.sort_indices(clicks, sort_keys=[("timestamp_ms", "ascending")]))
-    return clicks.combine_chunks()
+    return _complete(path, clicks, no_item_N) if columns.skip_incomplete else clicks
 
 
 def read_items(path: Path, columns: ItemColumns | None = None) -> list[Item]:
     """Read a catalogue in file order; an id that comes twice is two versions of one item.
+
+    Of a folder all files, one after the other by name.
 
     Raises:
         ConfigError: the file or a named column is missing, or its kind is not known.
         ContractError: a value is not what its column promises; names file, row and value.
     """
     columns = columns or ItemColumns()
-    names = _names(path)
+    return [item for part in parts_of(path) for item in _items_of(part, columns)]
+
+
+def _items_of(path: Path, columns: ItemColumns) -> list[Item]:
+    names = names_of(path)
     item = _pick(path, names, columns.item, ITEM_NAMES, "--items-id-column", required=True)
-    title = _pick(path, names, columns.title, ("title",), "--title-column")
-    text = _pick(path, names, columns.text, ("text", "description"), "--text-column")
+    title = _pick(path, names, columns.title, TITLE_NAMES, "--title-column")
+    text = _pick(path, names, columns.text, TEXT_NAMES, "--text-column")
     tags = _pick(path, names, columns.categories, CATEGORY_NAMES, "--categories-column")
     born = _pick(path, names, columns.published, PUBLISHED_NAMES, "--published-column")
     there = _pick(path, names, columns.available, ("available",), "--available-column")
-    table = _read(path, [name for name in (item, title, text, tags, born, there) if name])
+    table = read_table(path, [name for name in (item, title, text, tags, born, there) if name])
     parts = {"item_id": _ids(path, table, item)}
     if title:
         parts["title"] = pc.fill_null(_text(path, table, title), "")
@@ -173,95 +193,6 @@ def read_items(path: Path, columns: ItemColumns | None = None) -> list[Item]:
         return msgspec.convert(rows, list[Item])
     except msgspec.ValidationError as error:
         raise ContractError(f"{path}: rows count from 0: {error}", reason="schema") from error
-
-
-def _kind(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".bz2", ".zst", ".lz4"):
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    if last in CSV_SUFFIXES:
-        return "csv"
-    if last in (".parquet", ".pq"):
-        return "parquet"
-    if last in (".jsonl", ".ndjson", ".json"):
-        return "json"
-    raise ConfigError(
-        f"{path}: expected a file named {', '.join('*' + suffix for suffix in CSV_SUFFIXES)}, "
-        "*.jsonl (each also .gz) or *.parquet"
-    )
-
-
-def _names(path: Path) -> list[str]:
-    """Column names, read from the head of the file."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    kind = _kind(path)
-    try:
-        if kind == "parquet":
-            import pyarrow.parquet as pq
-
-            return list(pq.read_schema(path).names)
-        if kind == "json":
-            return list(_read_json(path).schema.names)
-        import pyarrow.csv as pacsv
-
-        with pacsv.open_csv(str(path), **_csv_options(path, None)) as reader:
-            return list(reader.schema.names)
-    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -> pa.Table:
-    """The columns; `header` names all of a CSV file that has no header."""
-    kind = _kind(path)
-    if header and kind != "csv":
-        raise ConfigError(f"{path}: --columns is for CSV files without a header, this is {kind}")
-    try:
-        if kind == "parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(path, columns=list(columns)).combine_chunks()
-        if kind == "json":
-            return _read_json(path).select(list(columns)).combine_chunks()
-        import pyarrow.csv as pacsv
-
-        options = _csv_options(path, columns)
-        if header:
-            options["read_options"] = pacsv.ReadOptions(column_names=list(header))
-        return pacsv.read_csv(str(path), **options).combine_chunks()
-    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_json(path: Path) -> pa.Table:
-    import pyarrow.json as pajson
-
-    return pajson.read_json(str(path), read_options=pajson.ReadOptions(block_size=BLOCK_BYTES))
-
-
-def _delimiter(path: Path) -> str:
-    """The one of comma, tab and semicolon that the header has most of; a comma where none is."""
-    with pa.input_stream(str(path), compression="detect") as stream:  # noqa: TID251 - no reader
-        header = stream.read(HEADER_BYTES_MAX).partition(b"\n")[0].decode(errors="replace")
-    return max(",\t;", key=header.count)
-
-
-def _csv_options(path: Path, columns: Sequence[str] | None) -> dict[str, Any]:
-    """All columns as text: a type guessed from the first block fails on the second."""
-    import pyarrow.csv as pacsv
-
-    chosen = {} if columns is None else {"include_columns": list(columns)}
-    return {
-        "parse_options": pacsv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True),
-        "convert_options": pacsv.ConvertOptions(
-            column_types=dict.fromkeys(columns or (), pa.string()), **chosen
-        ),
-    }
-
-
-def _unreadable(path: Path, error: Exception) -> AfterclickError:
-    return ContractError(f"{path}: cannot be read as {_kind(path)}: {error}", reason="file")
 
 
 def _pick(
@@ -281,7 +212,8 @@ def _pick(
         if _plain(name) in plain:
             return plain[_plain(name)]
     if given or required:
-        wanted = given or " or ".join(usual)
+        more = ", …" if len(usual) > NAMES_SHOWN else ""
+        wanted = given or " or ".join(usual[:NAMES_SHOWN]) + more
         raise ConfigError(
             f"{path}: expected a column {wanted}, found {', '.join(names)}; name it by {option}"
         )
@@ -315,7 +247,7 @@ def _ids(
 ) -> pa.Array:
     """Text of a column, empty where a row has none and may lack it."""
     ids_N = pc.fill_null(_text(path, table, name), "")
-    missing = MISSING if _kind(path) == "csv" else MISSING[:1]
+    missing = MISSING if kind_of(path) == "csv" else MISSING[:1]
     absent_N = pc.is_in(ids_N, value_set=pa.array(missing))
     refused_N = absent_N if may_lack_N is None else pc.and_(absent_N, pc.invert(may_lack_N))
     if may_lack_N is not None:
@@ -349,7 +281,7 @@ def _short(path: Path, table: pa.Table, name: str, length_max: int) -> pa.Array:
 
 
 def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
-    """Unix milliseconds from numbers in seconds or milliseconds, or from dates (UTC)."""
+    """Unix milliseconds from numbers of seconds or finer units, or from dates (UTC)."""
     column = _column(table, name)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = _parsed(path, name, column)
@@ -362,21 +294,25 @@ def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
             f"{path}: column {name}: expected unix times or dates, got {column.type}",
             reason="file",
         )
-    in_ms = unit == "ms" or (unit == "auto" and (name.endswith("_ms") or _all_too_late(column)))
-    highest = TIME_MS_MAX if in_ms else SECONDS_MAX
-    expected = "unix milliseconds" if in_ms else "unix seconds (--time-unit ms if it is those)"
+    if unit == "auto":
+        unit = "ms" if name.endswith("_ms") else _unit_of(column)
+    highest: float = min(SECONDS_MAX * PER_SECOND[unit], INT64_MAX)
+    if pa.types.is_floating(column.type):  # Arrow compares integers past 2^53 to no fraction
+        column, highest = column.cast(pa.float64()), float(highest)
     fine_N = pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, highest))
-    _refuse(path, name, expected, column, pc.invert(fine_N))
+    _refuse(path, name, f"unix {UNIT_NAMES[unit]}", column, pc.invert(fine_N))
     if pa.types.is_floating(column.type):
-        factor = 1.0 if in_ms else 1000.0
-        return pc.round(pc.multiply(column.cast(pa.float64()), factor)).cast(pa.int64())
-    return pc.multiply(column.cast(pa.int64()), 1 if in_ms else 1000)
+        return pc.round(pc.multiply(column, 1000 / PER_SECOND[unit])).cast(pa.int64())
+    if unit == "s":
+        return pc.multiply(column.cast(pa.int64()), 1000)
+    return pc.divide(column.cast(pa.int64()), PER_SECOND[unit] // 1000)
 
 
-def _all_too_late(column: pa.Array) -> bool:
-    """Whether no number can be seconds."""
-    first = pc.min(column).as_py()
-    return first is not None and first > SECONDS_MAX
+def _unit_of(column: pa.Array) -> TimeUnit:
+    """The coarsest unit in which the least number is not too late."""
+    least = pc.min(column).as_py() or 0
+    fits = (unit for unit, num in PER_SECOND.items() if least <= SECONDS_MAX * num)
+    return next(fits, "s")
 
 
 def _parsed(path: Path, name: str, text_N: pa.Array) -> pa.Array:
@@ -403,8 +339,9 @@ def _lists(path: Path, table: pa.Table, name: str) -> pa.Array:
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return pc.fill_null(column.cast(pa.list_(pa.string())), [])
     text_N = pc.fill_null(_text(path, table, name), "")
+    mark = " " if name.endswith(":token_seq") else "|"  # RecBole says what a column is
     return pc.if_else(
-        pc.equal(text_N, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(text_N, "|")
+        pc.equal(text_N, ""), pa.scalar([], pa.list_(pa.string())), pc.split_pattern(text_N, mark)
     )
 
 

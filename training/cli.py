@@ -245,7 +245,9 @@ def _check_source(verb: str, options: argparse.Namespace) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines")
+    parser.add_argument(
+        "--clicks", type=Path, metavar="FILE", help="CSV[.gz], Parquet, JSON lines, a folder"
+    )
     parser.add_argument("--items", type=Path, metavar="FILE", help="catalogue, same kinds of file")
     parser.add_argument("--topic", action="store_true", help="read Kafka's topics instead")
     parser.add_argument("--config", type=Path, metavar="TOML", help="training settings")

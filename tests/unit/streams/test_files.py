@@ -92,6 +92,11 @@ def test_whole_number_ids_become_text(tmp_path):
         ("timestamp_ms", "1592337718250", "auto", 1592337718250),
         ("timestamp", "1592337718250", "ms", 1592337718250),
         ("Time", "1592337718250", "auto", 1592337718250),
+        ("Time", "1592337718250999", "auto", 1592337718250),
+        ("Time", "1592337718250999999", "auto", 1592337718250),
+        ("Time", "1592337718250999", "us", 1592337718250),
+        ("Time", "1592337718250000.0", "us", 1592337718250),
+        ("Time", "1592337718250999999", "ns", 1592337718250),
         ("timestamp_ms", "1592337718", "s", 1592337718000),
         ("timestamp", "2010-12-01 08:26:00", "auto", 1291191960000),
         ("timestamp", "2010-12-01T08:26:00Z", "auto", 1291191960000),
@@ -142,6 +147,10 @@ def test_events_ids_and_clicks_without_an_item(tmp_path):
         ("log.tsv", "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ti\t5\t7\n"),
         ("log.csv", "visitorid\tevent\titemid\ttimestamp\nu\tclick\ti\t7\n"),
         ("log.csv", "UserId,item,session_id,ts\nu,i,s,7\n"),
+        ("log.csv", "user_id|item_id|timestamp\nu|i|7\n"),
+        ("log.txt", "user_id item_id timestamp\nu i 7\n"),
+        ("log.json", '{"reviewerID": "u", "asin": "i", "unixReviewTime": 7}\n'),
+        ("log.csv", "user_id,session_id,click_article_id,click_timestamp\nu,s,i,7\n"),
     ],
 )
 def test_the_usual_names_of_public_data_sets_need_no_options(name, text, tmp_path):
@@ -224,6 +233,10 @@ def test_incomplete_rows_may_be_left_out_and_are_counted(tmp_path, caplog):
         ("a.dat", "s,2014-05-13T16:53:20.500Z,i,0\n", "session,time,item,category"),
         ("a.csv", "s,i,5.0,1400000000.5\n", "user_id,item_id,rating,timestamp"),
         ("a.txt.gz", "s\t2014-05-13T16:53:20.5Z\t30.2\ti\n", "user, time, lat, item"),
+        # MovieLens of a million and of a hundred thousand ratings, SASRec's own files.
+        ("a.dat", "s::i::5::1400000000.5\n", "user,item,rating,time"),
+        ("u.data", "s\ti\t5\t1400000000.5\n", "user,item,rating,time"),
+        ("a.txt", "s i 1400000000.5\n", "user,item,time"),
     ],
 )  # fmt: skip
 def test_public_logs_are_read_as_they_come(name, text, columns, tmp_path):
@@ -237,6 +250,40 @@ def test_public_logs_are_read_as_they_come(name, text, columns, tmp_path):
     assert [(r["user_id"], r["item_id"], r["timestamp_ms"], r["event"]) for r in clicks] == [
         ("s", "i", 1400000000500, "click")
     ]
+
+
+def test_whoever_has_times_under_another_name_is_told(tmp_path, caplog):
+    """In the file's order, which is often by product, a log teaches nonsense without a word."""
+    read_clicks(write(tmp_path / "a.csv", "user_id,item_id\nu,a\n"))
+    assert not caplog.text
+
+    read_clicks(write(tmp_path / "b.csv", "user_id,item_id,price,seen_at\nu,a,3,2014-05-13\n"))
+    assert "b.csv: no column of times" in caplog.text
+    assert "--time-column names one, if it is among price, seen_at" in caplog.text
+
+
+def test_a_folder_is_one_log(tmp_path):
+    """As Spark leaves a table: parts below folders, marks of its own, no order among the parts."""
+    folder = tmp_path / "clicks"
+    (folder / "day=2").mkdir(parents=True)
+    as_parquet(folder / "day=2")
+    write(folder / "part-0.csv.gz", "user_id,item_id,timestamp\n9,z,1400000003\n9,y,1400000000\n")
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-0.csv.gz.crc").write_bytes(b"crc")
+
+    clicks = read_clicks(folder).to_pylist()
+
+    assert [(r["user_id"], r["item_id"], r["timestamp_ms"]) for r in clicks] == [
+        ("9", "y", 1400000000000),
+        *EXPECTED,
+        ("9", "z", 1400000003000),
+    ]
+    write(folder / "readme.md", "")
+    with pytest.raises(ConfigError, match=r"readme\.md: expected a file named"):
+        read_clicks(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: the folder holds no file"):
+        read_clicks(tmp_path / "empty")
 
 
 def test_a_user_of_whom_nothing_is_known_is_none(tmp_path):
@@ -282,7 +329,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         read_items(write(tmp_path / "items.csv", "Wer\ni\n"))  # has no --columns
     with pytest.raises(ConfigError, match="expected a column Wer"):
         read_clicks(path, ClickColumns(user="Wer"))
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file or folder"):
         read_clicks(tmp_path / "gone.csv")
     with pytest.raises(ConfigError, match=r"expected a file named \*\.csv"):
         read_clicks(write(tmp_path / "log.xlsx", ""))
@@ -323,6 +370,20 @@ def test_items_with_every_attribute(tmp_path):
             available=False,
         ),
         Item(item_id="2", title="Plain"),
+    ]
+
+
+def test_items_of_recbole_and_of_a_folder(tmp_path):
+    """Its atomic files say the type of a column; a `token_seq` is split at blanks."""
+    folder = tmp_path / "items"
+    folder.mkdir()
+    text = "item_id:token\tmovie_title:token_seq\tclass:token_seq\n1\tToy Story\tWar Comedy\n"
+    write(folder / "ml.item", text)
+    write(folder / "shop.csv", "sku,product_name,description,category\n2,Mug,White,a|b\n")
+
+    assert read_items(folder) == [
+        Item(item_id="1", title="Toy Story", categories=["War", "Comedy"]),
+        Item(item_id="2", title="Mug", text="White", categories=["a", "b"]),
     ]
 
 
