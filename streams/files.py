@@ -327,7 +327,7 @@ def _parsed(path: Path, name: str, text_N: pa.Array) -> pa.Array:
     _refuse(
         path,
         name,
-        "unix times (or every row a date)",
+        "unix times (or every row a date as 2026-12-31 08:26:00)",
         text_N,
         pc.invert(pc.match_substring_regex(text_N, number)),
     )
