@@ -20,6 +20,9 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     """Usually `item_id`."""
     time: str = ""
     """Usually `timestamp_ms`, else `timestamp`, `time`; a file without times keeps its order."""
+    order: str = ""
+    """Numbers that order rows of equal times, where times are days, say; empty: the file's order.
+    """
     event: str = ""
     """Usually `event`; without one every row is a `click`."""
     event_id: str = ""
@@ -60,6 +63,7 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--user-column", default="", help="default: user_id, session_id, …")
     group.add_argument("--item-column", default="", help="default: item_id, item, …")
     group.add_argument("--time-column", default="", help="default: timestamp, time, …")
+    group.add_argument("--order-column", default="", help="numbers: order among equal times")
     group.add_argument("--event-column", default="", help="default: event, may be missing")
     group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
     group.add_argument(
@@ -87,6 +91,7 @@ def click_columns(options: argparse.Namespace) -> ClickColumns:
         user=options.user_column,
         item=options.item_column,
         time=options.time_column,
+        order=options.order_column,
         event=options.event_column,
         event_id=options.event_id_column,
         time_unit=options.time_unit,

@@ -124,10 +124,13 @@ def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
     user = _pick(path, names, columns.user, USER_NAMES, f"--user-column{OR_ALL}", required=True)
     item = _pick(path, names, columns.item, ITEM_NAMES, f"--item-column{OR_ALL}", required=True)
     time = _pick(path, names, columns.time, TIME_NAMES, "--time-column")
+    order = _pick(path, names, columns.order, (), "--order-column")
     event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
-    wanted = [name for name in (user, item, time, event, event_id) if name]
+    wanted = [name for name in (user, item, time, order, event, event_id) if name]
     unread = [name for name in names if name not in wanted]
+    if order and not time:
+        raise ConfigError(f"{path}: --order-column orders rows of equal times: name --time-column")
     if not time and unread:
         log.warning(
             "%s: no column of times is known by its name, so its rows count as being in time "
@@ -152,7 +155,14 @@ def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
         ],
         schema=CLICKS_SCHEMA,
     )
-    return _complete(path, clicks, no_item_N) if columns.skip_incomplete else clicks
+    if order:
+        clicks = clicks.append_column("order", _numbers(path, table, order))
+    if columns.skip_incomplete:
+        clicks = _complete(path, clicks, no_item_N)
+    if order:
+        by = [("timestamp_ms", "ascending"), ("order", "ascending")]
+        clicks = clicks.take(pc.sort_indices(clicks, sort_keys=by)).drop_columns("order")
+    return clicks
 
 
 def read_items(path: Path, columns: ItemColumns | None = None) -> list[Item]:
@@ -306,6 +316,16 @@ def _times(path: Path, table: pa.Table, name: str, unit: TimeUnit) -> pa.Array:
     if unit == "s":
         return pc.multiply(column.cast(pa.int64()), 1000)
     return pc.divide(column.cast(pa.int64()), PER_SECOND[unit] // 1000)
+
+
+def _numbers(path: Path, table: pa.Table, name: str) -> pa.Array:
+    column = _column(table, name)
+    try:
+        return column.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ContractError(
+            f"{path}: column {name}: expected numbers: {error}", reason="file"
+        ) from error
 
 
 def _unit_of(column: pa.Array) -> TimeUnit:

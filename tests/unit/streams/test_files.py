@@ -262,6 +262,28 @@ def test_whoever_has_times_under_another_name_is_told(tmp_path, caplog):
     assert "--time-column names one, if it is among price, seen_at" in caplog.text
 
 
+def test_rows_of_one_day_are_ordered_by_another_column(tmp_path):
+    """Diginetica has the day, and milliseconds since the session began, in no order."""
+    path = write(
+        tmp_path / "views.csv",
+        "sessionId;userId;itemId;timeframe;eventdate\n"
+        "1;NA;b;526309;2016-05-09\n1;NA;c;1031018;2016-05-09\n2;NA;z;0;2016-05-08\n"
+        "1;NA;a;9;2016-05-09\n",
+    )
+    parser = argparse.ArgumentParser()
+    add_click_columns(parser)
+    options = parser.parse_args(["--user-column=sessionId", "--order-column=timeframe"])
+
+    clicks = read_clicks(path, click_columns(options))
+
+    assert clicks["item_id"].to_pylist() == ["z", "a", "b", "c"]
+    with pytest.raises(ContractError, match="column itemId: expected numbers"):
+        read_clicks(path, ClickColumns(user="sessionId", order="itemId"))
+    untimed = write(tmp_path / "untimed.csv", "session_id,item_id,place\n1,a,2\n")
+    with pytest.raises(ConfigError, match="name --time-column"):
+        read_clicks(untimed, ClickColumns(order="place"))
+
+
 def test_a_folder_is_one_log(tmp_path):
     """As Spark leaves a table: parts below folders, marks of its own, no order among the parts."""
     folder = tmp_path / "clicks"
