@@ -127,7 +127,7 @@ def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
     order = _pick(path, names, columns.order, (), "--order-column")
     event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
-    wanted = [name for name in (user, item, time, order, event, event_id) if name]
+    wanted = list(dict.fromkeys(filter(None, (user, item, time, order, event, event_id))))
     unread = [name for name in names if name not in wanted]
     if order and not time:
         raise ConfigError(f"{path}: --order-column orders rows of equal times: name --time-column")
