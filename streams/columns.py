@@ -8,6 +8,13 @@ from typing import Literal, get_args
 
 import msgspec
 
+from afterclick.serving.errors import ConfigError
+from afterclick.serving.manifest import EVENTS
+from afterclick.streams.events import NO_ITEM_EVENTS
+
+KINDS = (*EVENTS[1:], *sorted(NO_ITEM_EVENTS))
+"""Events that mean something of their own; all others are alike."""
+
 TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
 
 
@@ -25,6 +32,8 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     """
     event: str = ""
     """Usually `event`; without one every row is a `click`."""
+    event_kinds: tuple[tuple[str, str], ...] = ()
+    """Names in the event column, and which of `KINDS` each stands for."""
     event_id: str = ""
     """Usually `event_id`, may be missing."""
     time_unit: TimeUnit = "auto"
@@ -65,6 +74,12 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--time-column", default="", help="default: timestamp, time, …")
     group.add_argument("--order-column", default="", help="numbers: order among equal times")
     group.add_argument("--event-column", default="", help="default: event, may be missing")
+    group.add_argument(
+        "--event-kinds",
+        default="",
+        metavar="NAME=KIND,…",
+        help=f"what names in the event column stand for, each one of {', '.join(KINDS)}",
+    )
     group.add_argument("--event-id-column", default="", help="default: event_id, may be missing")
     group.add_argument(
         "--time-unit",
@@ -86,18 +101,36 @@ def add_click_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def click_columns(options: argparse.Namespace) -> ClickColumns:
-    """What `add_click_columns` parsed."""
+    """What `add_click_columns` parsed.
+
+    Raises:
+        ConfigError: `--event-kinds` does not say what it should.
+    """
     return ClickColumns(
         user=options.user_column,
         item=options.item_column,
         time=options.time_column,
         order=options.order_column,
         event=options.event_column,
+        event_kinds=_event_kinds(options.event_kinds),
         event_id=options.event_id_column,
         time_unit=options.time_unit,
         names=tuple(filter(None, (name.strip() for name in options.columns.split(",")))),
         skip_incomplete=options.skip_incomplete,
     )
+
+
+def _event_kinds(told: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for pair in filter(None, (part.strip() for part in told.split(","))):
+        name, _, kind = (part.strip() for part in pair.partition("="))
+        if not name or kind not in KINDS:
+            raise ConfigError(
+                f"--event-kinds: expected NAME=KIND, a kind being one of {', '.join(KINDS)}; "
+                f"got {pair!r}"
+            )
+        pairs.append((name, kind))
+    return tuple(pairs)
 
 
 def add_item_columns(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from afterclick.serving.errors import ConfigError, ContractError
 from afterclick.streams.columns import (
+    KINDS,
     ClickColumns,
     ItemColumns,
     TimeUnit,
@@ -138,8 +139,7 @@ def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
             *(path, ", ".join(unread)),
         )
     table = read_table(path, wanted, columns.names)
-    event_N = _short(path, table, event, EVENT_LENGTH_MAX)
-    event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
+    event_N = _events(path, table, event, columns.event_kinds)
     id_N = _short(path, table, event_id, EVENT_ID_LENGTH_MAX)
     no_item_N = pc.is_in(event_N, value_set=pa.array(sorted(NO_ITEM_EVENTS)))
     may_lack_N = pa.repeat(columns.skip_incomplete, table.num_rows)
@@ -279,6 +279,22 @@ def _complete(path: Path, clicks: pa.Table, no_item_N: pa.Array) -> pa.Table:
             *(path, num, clicks.num_rows, row + 1),
         )
     return clicks.filter(pc.invert(lacks_N))
+
+
+def _events(path: Path, table: pa.Table, name: str, kinds: Sequence[tuple[str, str]]) -> pa.Array:
+    """Names of events, `click` where there is none; says which ones mean nothing of their own."""
+    event_N = _short(path, table, name, EVENT_LENGTH_MAX)
+    event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
+    if kinds:
+        named, meant = (pa.array(names, pa.string()) for names in zip(*kinds, strict=True))
+        event_N = pc.coalesce(meant.take(pc.index_in(event_N, value_set=named)), event_N)
+    others = sorted(set(pc.unique(event_N).to_pylist()) - set(KINDS))
+    if others:
+        log.warning(
+            "%s: events named %s are all alike to a model; --event-kinds says which of them are %s",
+            *(path, ", ".join(others[:NAMES_SHOWN]), ", ".join(KINDS)),
+        )
+    return event_N
 
 
 def _short(path: Path, table: pa.Table, name: str, length_max: int) -> pa.Array:

@@ -160,6 +160,30 @@ def test_the_usual_names_of_public_data_sets_need_no_options(name, text, tmp_pat
     assert [(c["user_id"], c["item_id"], c["timestamp_ms"]) for c in clicks] == [("u", "i", 7000)]
 
 
+def test_events_may_have_other_names(tmp_path, caplog):
+    """RetailRocket's: without their kinds a cart and a purchase would be alike, without a word."""
+    path = write(
+        tmp_path / "events.csv",
+        "timestamp,visitorid,event,itemid\n1,u,view,a\n2,u,addtocart,a\n3,u,transaction,a\n4,u,,a\n",
+    )
+    parser = argparse.ArgumentParser()
+    add_click_columns(parser)
+
+    plain = read_clicks(path, click_columns(parser.parse_args([])))
+    assert plain["event"].to_pylist() == ["view", "addtocart", "transaction", "click"]
+    assert "events named addtocart, transaction are all alike" in caplog.text
+    caplog.clear()
+
+    kinds = "addtocart=cart, transaction = purchase"
+    told = read_clicks(path, click_columns(parser.parse_args(["--event-kinds", kinds])))
+    assert told["event"].to_pylist() == ["view", "cart", "purchase", "click"]
+    assert not caplog.text
+
+    for wrong in ("addtocart=basket", "addtocart", "=cart"):
+        with pytest.raises(ConfigError, match=r"--event-kinds: expected NAME=KIND.*got '"):
+            click_columns(parser.parse_args([f"--event-kinds={wrong}"]))
+
+
 def test_columns_are_named_by_options(tmp_path):
     """Invoices: other names, dates, columns nobody asked for and a quoted line break."""
     text = 'Who,What,Note,When\nu,i,"two\nlines",2010-12-01 08:26:00\n'
