@@ -84,7 +84,7 @@ INT64_MAX = (1 << 63) - 1
 
 PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIT_NAMES: dict[TimeUnit, str] = {
-    "s": "seconds (--time-unit ms if it is those)",
+    "s": "seconds (--time-unit ms, us or ns if it is those)",
     "ms": "milliseconds",
     "us": "microseconds",
     "ns": "nanoseconds",
@@ -114,13 +114,22 @@ def read_clicks(path: Path, columns: ClickColumns | None = None) -> pa.Table:
         ContractError: a value is not what its column promises; names file, row and value.
     """
     columns = columns or ClickColumns()
-    clicks = pa.concat_tables([_clicks_of(part, columns) for part in parts_of(path)])
+    parts = parts_of(path)
+    clicks = pa.concat_tables(
+        [_clicks_of(part, columns, is_first=part == parts[0]) for part in parts]
+    )
+    alike = sorted(set(pc.unique(clicks["event"]).to_pylist()) - set(KINDS))
+    if alike:
+        log.warning(
+            "%s: events named %s are all alike to a model; --event-kinds says which of them are %s",
+            *(path, ", ".join(alike[:NAMES_SHOWN]), ", ".join(KINDS)),
+        )
     by_time = pc.sort_indices(clicks, sort_keys=[("timestamp_ms", "ascending")])
     return clicks.take(by_time).combine_chunks()
 
 
-def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
-    """Clicks of one file in its order."""
+def _clicks_of(path: Path, columns: ClickColumns, *, is_first: bool) -> pa.Table:
+    """Clicks of one file in its order; what is said of the first is not said of all others."""
     names = list(columns.names) or names_of(path)
     user = _pick(path, names, columns.user, USER_NAMES, f"--user-column{OR_ALL}", required=True)
     item = _pick(path, names, columns.item, ITEM_NAMES, f"--item-column{OR_ALL}", required=True)
@@ -132,7 +141,7 @@ def _clicks_of(path: Path, columns: ClickColumns) -> pa.Table:
     unread = [name for name in names if name not in wanted]
     if order and not time:
         raise ConfigError(f"{path}: --order-column orders rows of equal times: name --time-column")
-    if not time and unread:
+    if not time and unread and is_first:
         log.warning(
             "%s: no column of times is known by its name, so its rows count as being in time "
             "order; --time-column names one, if it is among %s",
@@ -282,18 +291,12 @@ def _complete(path: Path, clicks: pa.Table, no_item_N: pa.Array) -> pa.Table:
 
 
 def _events(path: Path, table: pa.Table, name: str, kinds: Sequence[tuple[str, str]]) -> pa.Array:
-    """Names of events, `click` where there is none; says which ones mean nothing of their own."""
+    """Names of events, by their kinds; `click` where there is none."""
     event_N = _short(path, table, name, EVENT_LENGTH_MAX)
     event_N = pc.fill_null(pc.if_else(pc.equal(event_N, ""), None, event_N), "click")
     if kinds:
         named, meant = (pa.array(names, pa.string()) for names in zip(*kinds, strict=True))
         event_N = pc.coalesce(meant.take(pc.index_in(event_N, value_set=named)), event_N)
-    others = sorted(set(pc.unique(event_N).to_pylist()) - set(KINDS))
-    if others:
-        log.warning(
-            "%s: events named %s are all alike to a model; --event-kinds says which of them are %s",
-            *(path, ", ".join(others[:NAMES_SHOWN]), ", ".join(KINDS)),
-        )
     return event_N
 
 

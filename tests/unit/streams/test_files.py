@@ -308,6 +308,19 @@ def test_rows_of_one_day_are_ordered_by_another_column(tmp_path):
         read_clicks(untimed, ClickColumns(order="place"))
 
 
+def test_a_folder_is_warned_of_once(tmp_path, caplog):
+    """Spark writes two hundred parts; as many warnings would hide the others."""
+    folder = tmp_path / "clicks"
+    folder.mkdir()
+    for part in range(3):
+        write(folder / f"{part}.csv", f"user_id,item_id,event,seen\nu,i,kind{part},7\n")
+
+    assert read_clicks(folder).num_rows == 3
+
+    assert caplog.text.count("no column of times") == 1
+    assert caplog.text.count("events named kind0, kind1, kind2 are all alike") == 1
+
+
 def test_a_folder_is_one_log(tmp_path):
     """As Spark leaves a table: parts below folders, marks of its own, no order among the parts."""
     folder = tmp_path / "clicks"
