@@ -37,8 +37,8 @@ class ClickColumns(msgspec.Struct, frozen=True, kw_only=True):
     event_id: str = ""
     """Usually `event_id`, may be missing."""
     time_unit: TimeUnit = "auto"
-    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else seconds, or
-    the coarsest unit in which none is past the year 5000.
+    """Of numbers in the time column: `auto` is ms for a name that ends in `_ms`, else the coarsest
+    unit in which not all are past the year 5000.
     """
     names: tuple[str, ...] = ()
     """Of a CSV file without a header: its columns in order. Empty: the first line has them."""

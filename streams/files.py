@@ -137,7 +137,7 @@ def _clicks_of(path: Path, columns: ClickColumns, *, is_first: bool) -> pa.Table
     order = _pick(path, names, columns.order, (), "--order-column")
     event = _pick(path, names, columns.event, EVENT_NAMES, "--event-column")
     event_id = _pick(path, names, columns.event_id, ("event_id",), "--event-id-column")
-    wanted = list(dict.fromkeys(filter(None, (user, item, time, order, event, event_id))))
+    wanted = [name for name in (user, item, time, order, event, event_id) if name]
     unread = [name for name in names if name not in wanted]
     if order and not time:
         raise ConfigError(f"{path}: --order-column orders rows of equal times: name --time-column")

@@ -100,23 +100,23 @@ def read_table(path: Path, columns: Sequence[str], header: Sequence[str] = ()) -
 
     Args:
         path: one file.
-        columns: names that `names_of`, or `header`, has.
+        columns: names that `names_of`, or `header`, has; one may be asked for twice.
         header: all columns of a CSV file that has no header.
 
     Raises:
         ConfigError: the file's kind is not known, or has its header itself.
         ContractError: the file cannot be read.
     """
-    kind = kind_of(path)
+    kind, columns = kind_of(path), list(dict.fromkeys(columns))
     if header and kind != "csv":
         raise ConfigError(f"{path}: --columns is for CSV files without a header, this is {kind}")
     try:
         if kind == "parquet":
             import pyarrow.parquet as pq
 
-            return pq.read_table(path, columns=list(columns), partitioning=None).combine_chunks()
+            return pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         if kind == "json":
-            return _read_json(path).select(list(columns)).combine_chunks()
+            return _read_json(path).select(columns).combine_chunks()
         import pyarrow.csv as pacsv
 
         return pacsv.read_csv(str(path), **_csv_options(path, columns, header)).combine_chunks()

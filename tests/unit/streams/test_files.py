@@ -446,6 +446,20 @@ def test_items_of_recbole_and_of_a_folder(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_one_column_may_be_two_things(suffix, tmp_path):
+    """A till has the article's name only: it is title and text, and was a KeyError."""
+    path = tmp_path / f"till.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"sku": ["1"], "label": ["Mug"]}), path)
+    else:
+        write(path, "sku,label\n1,Mug\n" if suffix == "csv" else '{"sku": "1", "label": "Mug"}\n')
+
+    items = read_items(path, ItemColumns(title="label", text="label"))
+
+    assert items == [Item(item_id="1", title="Mug", text="Mug")]
+
+
 def test_items_from_json_lines(tmp_path):
     """Lists and booleans come as they are; a missing field is the contract's default."""
     text = '{"item_id": 1, "categories": ["a", "b"], "available": false}\n{"item_id": 2}\n'
